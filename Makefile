@@ -1,0 +1,38 @@
+# `make help` lists the targets. Nothing is built inside of the checkout: see CLIP_CSI_BUILD_DIR in .ci/setup.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo build test interop bench lint fmt fuzz
+
+# What is missing is installed, and said; with everything there it takes a moment.
+build-env = environment=$$(.ci/setup build); eval "$$environment"
+test-env = environment=$$(.ci/setup test); eval "$$environment"
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: ## build (release) and show it all on this machine: no cluster, server or configuration
+	@$(build-env); cargo build --release --locked --bin clip-csi; "$$CARGO_TARGET_DIR/release/clip-csi" demo
+
+build: ## build the release binary; says where it is
+	@$(build-env); cargo build --release --locked --bin clip-csi; echo "$$CARGO_TARGET_DIR/release/clip-csi"
+
+test: ## all tests; installs what they need (as root, with apt), lists what was skipped
+	@$(test-env); .ci/test
+
+interop: ## only the tests against the Go module: our archives read by it, its by us
+	@$(test-env); .ci/test --test interop
+
+bench: ## the benchmarks
+	@$(test-env); cargo bench --locked
+
+lint: ## format, clippy, licences
+	@$(build-env); cargo fmt --all --check; cargo clippy --all-targets --locked -- -D warnings; \
+	PATH="$$(.ci/tool cargo-deny 0.20.2):$$PATH" cargo deny --all-features check --hide-inclusion-graph bans licenses sources
+
+fmt: ## format the code
+	@$(build-env); cargo fmt --all
+
+fuzz: ## fuzz TARGET (make fuzz TARGET=archive) until stopped
+	@$(build-env); RUSTC_BOOTSTRAP=1 PATH="$$(.ci/tool cargo-fuzz 0.13.2):$$PATH" \
+	cargo fuzz run --target-dir "$$CARGO_TARGET_DIR/fuzz" $(TARGET)

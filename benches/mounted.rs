@@ -1,0 +1,251 @@
+//! The product as its users meet it, as ratios against a baseline in the same run: a published image beside the same
+//! tree on disk, an index build and a mount beside the Go reference (where Go is installed).
+//!
+//! `cargo bench --bench mounted`; needs root, /dev/fuse and docker-registry.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clip_csi::units::Compression;
+use common::layers::{self, Layer};
+use common::node::{Node, unmount_below};
+use common::registry::Registry;
+use serde_json::json;
+
+/// Interleaved rounds of each pair; medians are told.
+const ROUNDS: usize = 11;
+const SMALL_FILES: usize = 5_000;
+const ABSENT_LOOKUPS: usize = 100_000;
+
+#[tokio::main]
+async fn main() {
+    if std::env::args().any(|arg| arg == "--test") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start();
+    println!("image of 30,000 files in 1,000 directories; medians of {ROUNDS} interleaved rounds");
+    let image = Image::new(&dir.path().join("30k"), 30_000, &registry, "bench/30k").await;
+    against_disk(&image, &registry).await;
+    println!();
+    let reference = reference(dir.path());
+    index_build(&image, reference.as_deref(), dir.path());
+    let large = Image::new(&dir.path().join("100k"), 100_000, &registry, "bench/100k").await;
+    memory(&large, reference.as_deref(), &registry, dir.path()).await;
+}
+
+/// One generated tree: on disk, as a layout, in the registry, as a v2 archive.
+struct Image {
+    on_disk: PathBuf,
+    archive: PathBuf,
+    reference: String,
+    dirs: usize,
+    files: usize,
+}
+
+impl Image {
+    async fn new(dir: &Path, files: usize, registry: &Registry, repository: &str) -> Self {
+        let (on_disk, archive) = (dir.join("disk"), dir.join("image.clip"));
+        let dirs = files / 30;
+        let mut layer = Layer::new(Compression::Gzip);
+        for d in 0..dirs {
+            std::fs::create_dir_all(on_disk.join(dir_name(d))).unwrap();
+            layer = layer.dir(&dir_name(d), 0o755);
+        }
+        for f in 0..files {
+            let bytes = layers::text_like(f as u64 + 1, 200 + f * 7919 % 8000);
+            let path = file_name(f, dirs);
+            std::fs::write(on_disk.join(&path), &bytes).unwrap();
+            layer = layer.file(&path, &bytes);
+        }
+        layers::write_layout(&dir.join("layout"), vec![layer]);
+        registry.push_layout(&dir.join("layout"), repository, "v1").await;
+        let reference = registry.image(repository, "v1");
+        run(Command::new(env!("CARGO_BIN_EXE_clip-csi")).args(["index", &reference, "-o"]).arg(&archive));
+        Self { on_disk, archive, reference, dirs, files }
+    }
+}
+
+fn dir_name(d: usize) -> String {
+    format!("d{}/d{}", d % 20, d / 20)
+}
+
+fn file_name(f: usize, dirs: usize) -> String {
+    format!("{}/file-{f}.txt", dir_name(f % dirs))
+}
+
+async fn against_disk(image: &Image, registry: &Registry) {
+    let root = image.archive.parent().unwrap();
+    let node = Node::start(json!({
+        "sources": {"archiveRoots": [root], "registries": {registry.host(): {"plainHttp": true}}},
+    }))
+    .await;
+    let archive = image.archive.to_str().unwrap();
+    let mut publishes = vec![];
+    for round in 0..ROUNDS {
+        let name = format!("p{round}");
+        let begin = Instant::now();
+        node.publish(&name, &[("archive", archive)]).await.unwrap();
+        publishes.push(begin.elapsed());
+        node.unpublish(&name).await.unwrap();
+    }
+    println!(
+        "publish of the indexed image            {:7.1} ms (first {:.1} ms)",
+        ms(median(&publishes)),
+        ms(publishes[0])
+    );
+
+    let mounted = node.publish("bench", &[("archive", archive)]).await.unwrap();
+    let disk = &image.on_disk;
+    compare("warm find", "disk", || find(&mounted), || find(disk));
+    let files: Vec<String> = (0..SMALL_FILES).map(|f| file_name(f * 6 % image.files, image.dirs)).collect();
+    compare("warm open + read of 5,000 small files", "disk", || read(&mounted, &files), || read(disk, &files));
+    let absent: Vec<String> =
+        (0..ABSENT_LOOKUPS).map(|i| format!("{}/absent-{}", dir_name(i % 100), i / 1000)).collect();
+    compare("warm 100,000 lookups of absent names", "disk", || miss(&mounted, &absent), || miss(disk, &absent));
+    node.unpublish("bench").await.unwrap();
+}
+
+fn find(root: &Path) {
+    // A test of the time makes find stat every name.
+    run(Command::new("find").arg(root).args(["-newermt", "2100-01-01"]).stdout(Stdio::null()));
+}
+
+fn read(root: &Path, files: &[String]) {
+    for file in files {
+        std::hint::black_box(std::fs::read(root.join(file)).unwrap());
+    }
+}
+
+fn miss(root: &Path, names: &[String]) {
+    for name in names {
+        assert!(std::fs::symlink_metadata(root.join(name)).is_err());
+    }
+}
+
+/// The Go reference, built; `None` where there is no Go.
+fn reference(dir: &Path) -> Option<PathBuf> {
+    let binary = dir.join("reference");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop");
+    let built = Command::new("go").args(["build", "-o"]).arg(&binary).arg(".").current_dir(source).status();
+    match built {
+        Ok(status) if status.success() => Some(binary),
+        _ => {
+            println!("SKIPPED: comparison with the Go reference: no Go toolchain, or its modules can't be had");
+            None
+        }
+    }
+}
+
+fn index_build(image: &Image, reference: Option<&Path>, dir: &Path) {
+    let out = dir.join("out.clip");
+    let ours =
+        || run(Command::new(env!("CARGO_BIN_EXE_clip-csi")).args(["-q", "index", &image.reference, "-o"]).arg(&out));
+    match reference {
+        Some(reference) => {
+            let theirs = || run(Command::new(reference).args(["index", &image.reference]).arg(dir.join("go.clip")));
+            compare("index of the image from a registry", "Go", ours, theirs);
+        }
+        None => println!("index of the image from a registry      {:7.1} ms", ms(timed(ours))),
+    }
+}
+
+async fn memory(image: &Image, reference: Option<&Path>, registry: &Registry, dir: &Path) {
+    let node = Node::start(json!({
+        "sources": {"archiveRoots": [image.archive.parent()], "registries": {registry.host(): {"plainHttp": true}}},
+    }))
+    .await;
+    let idle = resident(node.pid());
+    let target = node.publish("m", &[("archive", image.archive.to_str().unwrap())]).await.unwrap();
+    let published = resident(node.pid());
+    find(&target);
+    println!(
+        "resident memory of the node plugin, 100,000 files: {:.1} MB (idle {:.1}, published {:.1}; after a find)",
+        resident(node.pid()),
+        idle,
+        published,
+    );
+    let Some(reference) = reference else { return };
+    let (mountpoint, cache) = (dir.join("go-mount"), dir.join("go-cache"));
+    let archive = dir.join("go-100k.clip");
+    run(Command::new(reference).args(["index", &image.reference]).arg(&archive));
+    let mut child = Command::new(reference)
+        .arg("mount")
+        .args([&archive, &mountpoint, &cache])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    if line.trim() == "ready" {
+        let mounted = resident(child.id());
+        // Listing one directory there scans every path below it: the root alone is asked for.
+        std::fs::read_dir(&mountpoint).map(|entries| entries.count()).ok();
+        println!(
+            "resident memory of the Go reference's mount:       {:.1} MB (mounted {mounted:.1})",
+            resident(child.id())
+        );
+    } else {
+        println!("the Go reference could not mount its own archive of the image");
+    }
+    drop(child.stdin.take());
+    let _ = child.kill();
+    let _ = child.wait();
+    unmount_below(&mountpoint);
+}
+
+/// VmRSS in MB.
+fn resident(pid: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<f64>().unwrap() / 1000.0
+}
+
+/// Runs both once unmeasured, then in turn.
+fn compare(what: &str, baseline: &str, ours: impl Fn(), theirs: impl Fn()) {
+    ours();
+    theirs();
+    let (mut a, mut b, mut ratios) = (vec![], vec![], vec![]);
+    for _ in 0..ROUNDS {
+        let (x, y) = (timed(&ours), timed(&theirs));
+        ratios.push(x.as_secs_f64() / y.as_secs_f64());
+        a.push(x);
+        b.push(y);
+    }
+    ratios.sort_by(f64::total_cmp);
+    println!(
+        "{what:39} {:7.1} ms  {baseline} {:7.1} ms  ratio {:.2} ({:.2}..{:.2})",
+        ms(median(&a)),
+        ms(median(&b)),
+        ratios[ratios.len() / 2],
+        ratios[0],
+        ratios[ratios.len() - 1],
+    );
+}
+
+fn timed(work: impl Fn()) -> Duration {
+    let begin = Instant::now();
+    work();
+    begin.elapsed()
+}
+
+fn median(times: &[Duration]) -> Duration {
+    let mut sorted = times.to_vec();
+    sorted.sort();
+    sorted[sorted.len() / 2]
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+fn run(command: &mut Command) {
+    let status = command.stderr(Stdio::inherit()).status().unwrap();
+    assert!(status.success(), "{command:?}: {status}");
+}

@@ -1,0 +1,268 @@
+//! One pass over one layer: download, inflate, hash and tar walk overlap.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Write;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use tokio::sync::mpsc;
+
+use super::BuildError;
+use super::output::io_error;
+use super::progress::Progress;
+use super::tar::{TarEntry, Walker};
+use crate::archive::BlobTable;
+use crate::inflate::Indexer;
+use crate::source::{LayerSource, ResolvedImage};
+use crate::units::{Compression, Digest};
+
+/// Pieces of a layer that wait for the worker; a piece is what the source gives at once.
+const QUEUE: usize = 8;
+/// Layers in work at a time. Inflating one layer is serial; more than two would multiply memory, not speed.
+const PARALLEL: usize = 2;
+/// Enough bytes to tell a gzip member and a zstd frame from a tar header.
+const MAGIC_LEN: usize = 4;
+
+/// What one pass over a layer found. The layer's digest and diff ID have been checked.
+#[derive(Debug)]
+pub(super) struct Scan {
+    /// Its entries in order.
+    pub entries: Vec<TarEntry>,
+    /// How to seek in it.
+    pub table: BlobTable,
+    /// The uncompressed layer, where one was asked for.
+    pub spool: Option<File>,
+}
+
+/// What a media type says of a layer's compression, and whether it is one that may not be distributed.
+pub(super) fn media_type(media_type: &str) -> (Option<Compression>, bool) {
+    let foreign = match media_type {
+        "application/vnd.oci.image.layer.nondistributable.v1.tar" => Some(Compression::None),
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip" => Some(Compression::Gzip),
+        "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd" => Some(Compression::Zstd),
+        "application/vnd.docker.image.rootfs.foreign.diff.tar" => Some(Compression::None),
+        "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip" => Some(Compression::Gzip),
+        _ => None,
+    };
+    (foreign.or(Compression::of_media_type(media_type)), foreign.is_some())
+}
+
+/// Scans all layers of an image, [`PARALLEL`] at a time, each distinct one once. The scans of the distinct ones, and which of them
+/// each layer is. `spool`: makes a file to keep an uncompressed layer in.
+pub(super) async fn scan_all(
+    image: &ResolvedImage,
+    diff_ids: &[Digest],
+    span_size: u64,
+    spool: Option<&(dyn Fn() -> Result<File, BuildError> + Sync)>,
+    progress: &dyn Progress,
+) -> Result<(Vec<Scan>, Vec<usize>), BuildError> {
+    let mut numbers: HashMap<Digest, usize> = HashMap::new();
+    let mut distinct = Vec::new();
+    let mut order = Vec::with_capacity(image.layers.len());
+    for (layer, diff_id) in image.layers.iter().zip(diff_ids) {
+        let number = *numbers.entry(layer.digest).or_insert_with(|| {
+            distinct.push((layer.clone(), *diff_id));
+            distinct.len() - 1
+        });
+        if distinct.get(number).is_some_and(|(_, first)| first != diff_id) {
+            let detail = "the image's config gives it two different diff IDs".into();
+            return Err(BuildError::BadLayer { layer: layer.digest, detail });
+        }
+        order.push(number);
+    }
+    let scans = futures::stream::iter(distinct)
+        .map(|(layer, diff_id)| async move {
+            let spool = spool.map(|make| make()).transpose()?;
+            scan(&layer, diff_id, span_size, spool, progress).await
+        })
+        .buffered(PARALLEL)
+        .try_collect()
+        .await?;
+    Ok((scans, order))
+}
+
+/// One pass over a layer.
+async fn scan(
+    layer: &LayerSource,
+    diff_id: Digest,
+    span_size: u64,
+    spool: Option<File>,
+    progress: &dyn Progress,
+) -> Result<Scan, BuildError> {
+    let bar = Bar::begin(progress, &format!("layer {}", &layer.digest.hex()[..12]), layer.size);
+    let bad = |detail: String| BuildError::BadLayer { layer: layer.digest, detail };
+    let (feed, inbox) = mpsc::channel(QUEUE);
+    let worker = tokio::task::spawn_blocking(move || Worker::new(span_size, spool).run(inbox));
+    let fed = feed_layer(layer, feed, &bar).await;
+    let worked = worker.await.map_err(|error| BuildError::Io {
+        what: format!("the worker for layer {}", layer.digest),
+        detail: error.to_string(),
+    })?;
+    // A source that fails makes the worker fail too: the source's error is the cause.
+    fed?;
+    let scan = worked.map_err(|failure| match failure {
+        Failure::Layer(detail) => bad(detail),
+        Failure::Spool(error) => io_error("write a layer to a temporary file")(error),
+        Failure::Abandoned => bad("the build was abandoned".into()),
+    })?;
+    if scan.table.digest != layer.digest {
+        let found = scan.table.digest;
+        return Err(bad(format!("{} serves bytes with the digest {found}; pull it again", layer.source.describe())));
+    }
+    if scan.table.diff_id != diff_id {
+        let found = scan.table.diff_id;
+        return Err(bad(format!("uncompressed it has the digest {found}, the image's config says {diff_id}")));
+    }
+    Ok(scan)
+}
+
+/// Hands the layer's bytes to the worker; ends early where the worker has.
+async fn feed_layer(layer: &LayerSource, feed: mpsc::Sender<Feed>, bar: &Bar<'_>) -> Result<(), BuildError> {
+    let bad = |detail: String| BuildError::BadLayer { layer: layer.digest, detail };
+    let mut stream = layer.source.stream(0).await?;
+    let mut length = 0_u64;
+    while let Some(piece) = stream.next().await {
+        let piece = piece?;
+        length += piece.len() as u64;
+        if length > layer.size {
+            return Err(bad(format!("it is longer than the {} bytes of its descriptor", layer.size)));
+        }
+        bar.advance(piece.len() as u64);
+        if feed.send(Feed::Piece(piece)).await.is_err() {
+            return Ok(());
+        }
+    }
+    if length < layer.size {
+        return Err(bad(format!(
+            "it ends after {length} of the {} bytes of its descriptor; pull it again",
+            layer.size
+        )));
+    }
+    // A worker that is gone says why itself.
+    let _ = feed.send(Feed::End).await;
+    Ok(())
+}
+
+/// A progress bar that ends when dropped.
+pub(super) struct Bar<'a> {
+    progress: &'a dyn Progress,
+    id: u64,
+}
+
+impl<'a> Bar<'a> {
+    pub(super) fn begin(progress: &'a dyn Progress, what: &str, total: u64) -> Self {
+        Self { progress, id: progress.begin(what, Some(total)) }
+    }
+    pub(super) fn advance(&self, bytes: u64) {
+        self.progress.advance(self.id, bytes);
+    }
+}
+
+impl Drop for Bar<'_> {
+    fn drop(&mut self) {
+        self.progress.end(self.id);
+    }
+}
+
+/// What the worker is fed with. A queue that closes without an end means that the build is given up.
+enum Feed {
+    Piece(Bytes),
+    End,
+}
+
+enum Failure {
+    Layer(String),
+    Spool(std::io::Error),
+    Abandoned,
+}
+
+/// Inflates and walks, on a thread of its own.
+struct Worker {
+    span_size: u64,
+    sink: Sink,
+}
+
+/// Takes the uncompressed bytes.
+struct Sink {
+    walker: Walker,
+    entries: Vec<TarEntry>,
+    spool: Option<File>,
+    failure: Option<Failure>,
+}
+
+impl Sink {
+    fn take(&mut self, bytes: &[u8]) {
+        if self.failure.is_some() {
+            return;
+        }
+        let entries = &mut self.entries;
+        if let Err(error) = self.walker.push(bytes, &mut |entry| entries.push(entry)) {
+            self.failure = Some(Failure::Layer(error.to_string()));
+        } else if let Some(spool) = &mut self.spool
+            && let Err(error) = spool.write_all(bytes)
+        {
+            self.failure = Some(Failure::Spool(error));
+        }
+    }
+}
+
+impl Worker {
+    fn new(span_size: u64, spool: Option<File>) -> Self {
+        let sink = Sink { walker: Walker::new(), entries: Vec::new(), spool, failure: None };
+        Self { span_size, sink }
+    }
+
+    fn run(mut self, mut inbox: mpsc::Receiver<Feed>) -> Result<Scan, Failure> {
+        let mut head: Vec<u8> = Vec::new();
+        let mut indexer = None;
+        loop {
+            let (piece, last) = match inbox.blocking_recv() {
+                Some(Feed::Piece(piece)) => (piece, false),
+                Some(Feed::End) => (Bytes::new(), true),
+                None => return Err(Failure::Abandoned),
+            };
+            if let Some(indexer) = &mut indexer {
+                self.push(indexer, &piece)?;
+            } else {
+                head.extend_from_slice(&piece);
+                if head.len() >= MAGIC_LEN || last {
+                    // The bytes decide, as in every other unpacker: builders are known to mislabel layers.
+                    let indexer = indexer.insert(Indexer::new(sniff(&head), self.span_size));
+                    self.push(indexer, &std::mem::take(&mut head))?;
+                }
+            }
+            if last {
+                break;
+            }
+        }
+        let Some(indexer) = indexer else { return Err(Failure::Abandoned) };
+        let sink = &mut self.sink;
+        let table = indexer.finish(&mut |bytes| sink.take(bytes)).map_err(|e| Failure::Layer(e.to_string()))?;
+        if let Some(failure) = self.sink.failure.take() {
+            return Err(failure);
+        }
+        self.sink.walker.finish().map_err(|error| Failure::Layer(error.to_string()))?;
+        Ok(Scan { entries: self.sink.entries, table, spool: self.sink.spool })
+    }
+
+    fn push(&mut self, indexer: &mut Indexer, piece: &[u8]) -> Result<(), Failure> {
+        let sink = &mut self.sink;
+        let pushed = indexer.push(piece, &mut |bytes| sink.take(bytes));
+        // What the walker met lies before what stopped the inflater.
+        if let Some(failure) = self.sink.failure.take() {
+            return Err(failure);
+        }
+        pushed.map_err(|error| Failure::Layer(error.to_string()))
+    }
+}
+
+/// The compression that a layer's first bytes show.
+fn sniff(head: &[u8]) -> Compression {
+    match head {
+        [0x1f, 0x8b, ..] => Compression::Gzip,
+        // A frame, or a skippable one as zstd:chunked and pzstd write.
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Compression::Zstd,
+        _ => Compression::None,
+    }
+}

@@ -1,0 +1,141 @@
+//! What this node knows of references that it resolved: the manifest, and whom the registry let in.
+//!
+//! One JSON file per (reference, platform). Losing one costs a question to the registry, nothing else, so damage is
+//! treated as absence.
+
+use std::collections::BTreeSet;
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::source::{Credentials, ImageRef, Scope};
+use crate::units::{Digest, Platform};
+
+/// Identities kept per reference; beyond it the record starts anew.
+const MAX_IDENTITIES: usize = 256;
+/// A record holds at most [`MAX_IDENTITIES`] digests; anything larger was not written here.
+const MAX_RECORD_BYTES: u64 = 64 << 10;
+
+/// One resolved reference.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RefRecord {
+    pub(super) manifest_digest: Digest,
+    public: bool,
+    /// Scope digest per identity that the registry let in: `(identity, scope)`.
+    admitted: BTreeSet<(Digest, Digest)>,
+}
+
+impl RefRecord {
+    /// An anonymous pull succeeded.
+    pub(super) fn is_public(&self) -> bool {
+        self.public
+    }
+
+    /// The registry has let these credentials in, or lets everybody in.
+    pub(super) fn admits(&self, credentials: &Credentials) -> bool {
+        self.public || self.scope_of(credentials).is_some()
+    }
+
+    fn scope_of(&self, credentials: &Credentials) -> Option<Digest> {
+        let identity = credentials.identity?;
+        self.admitted.iter().find(|(known, _)| *known == identity).map(|(_, scope)| *scope)
+    }
+
+    /// The scope in which these credentials share what is fetched. A stranger's own identity is a scope of its own.
+    pub(super) fn scope_for(&self, credentials: &Credentials) -> Scope {
+        match (self.public, self.scope_of(credentials)) {
+            (true, _) => Scope::Public,
+            (false, Some(scope)) => Scope::Private(scope),
+            (false, None) => Scope::Private(credentials.identity.unwrap_or(self.manifest_digest)),
+        }
+    }
+}
+
+/// The records of one node.
+#[derive(Debug)]
+pub(super) struct RefRecords {
+    dir: PathBuf,
+}
+
+impl RefRecords {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// The name of a record.
+    pub(super) fn key(image: &ImageRef, platform: &Platform) -> String {
+        Digest::of(format!("{image} {platform}").as_bytes()).hex()
+    }
+
+    pub(super) fn load(&self, key: &str) -> Option<RefRecord> {
+        let path = self.dir.join(key);
+        if std::fs::metadata(&path).ok()?.len() > MAX_RECORD_BYTES {
+            return None;
+        }
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
+    /// Remembers a resolution that the registry just confirmed.
+    pub(super) fn remember(&self, key: &str, manifest_digest: Digest, scope: Scope, credentials: &Credentials) {
+        let mut record = self
+            .load(key)
+            .filter(|record| record.manifest_digest == manifest_digest && record.admitted.len() < MAX_IDENTITIES)
+            .unwrap_or(RefRecord { manifest_digest, public: false, admitted: BTreeSet::new() });
+        record.public = scope == Scope::Public;
+        if let (Scope::Private(scope), Some(identity)) = (scope, credentials.identity) {
+            record.admitted.insert((identity, scope));
+        }
+        if let Err(error) = self.write(key, &record) {
+            warn!(%error, "a resolved reference can't be remembered: the registry will be asked again");
+        }
+    }
+
+    fn write(&self, key: &str, record: &RefRecord) -> std::io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(&self.dir)?;
+        file.write_all(&serde_json::to_vec(record)?)?;
+        file.persist(self.dir.join(key))?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn who(name: &str) -> Credentials {
+        Credentials { identity: Some(Digest::of(name.as_bytes())), ..Credentials::default() }
+    }
+
+    #[test]
+    fn a_private_image_admits_only_whom_the_registry_let_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = RefRecords::new(dir.path().to_owned());
+        let (manifest, scope) = (Digest::of(b"m"), Scope::Private(Digest::of(b"scope")));
+        records.remember("k", manifest, scope, &who("alice"));
+        let record = records.load("k").unwrap();
+        assert!(record.admits(&who("alice")) && !record.admits(&who("bob")) && !record.admits(&Credentials::default()));
+        assert_eq!(record.scope_for(&who("alice")), scope);
+        assert_ne!(record.scope_for(&who("bob")), scope);
+    }
+
+    #[test]
+    fn a_moved_tag_forgets_who_was_admitted_to_the_old_manifest() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = RefRecords::new(dir.path().to_owned());
+        let scope = Scope::Private(Digest::of(b"scope"));
+        records.remember("k", Digest::of(b"old"), scope, &who("alice"));
+        records.remember("k", Digest::of(b"new"), scope, &who("bob"));
+        let record = records.load("k").unwrap();
+        assert!(record.admits(&who("bob")) && !record.admits(&who("alice")));
+    }
+
+    #[test]
+    fn a_damaged_record_is_no_record() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("k"), b"{\"manifestDigest\":").unwrap();
+        assert!(RefRecords::new(dir.path().to_owned()).load("k").is_none());
+    }
+}

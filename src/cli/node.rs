@@ -1,0 +1,63 @@
+//! `clip-csi node`: the node plugin.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+
+use super::CliError;
+use super::service::{ServiceArgs, serve, stopped};
+use crate::build::provider::Provider;
+use crate::cache::Cache;
+use crate::csi::{ClipVersion, NodeContext, Readiness, serve_node};
+use crate::mount::MountManager;
+use crate::source::{Policy, Sources};
+
+/// Run the CSI node plugin: one per node, as root
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  clip-csi node --config /etc/clip-csi/config.yaml --node-id $(hostname)
+  clip-csi node --node-id me --kubelet-dir /tmp/kubelet --no-register --http-listen 127.0.0.1:9810
+
+Mounts of an earlier run are brought back before it serves. SIGTERM ends calls in flight and unmounts nothing.")]
+pub(super) struct NodeArgs {
+    #[command(flatten)]
+    service: ServiceArgs,
+    /// csi.nodeId: the Kubernetes node's name
+    #[arg(long, value_name = "NAME", help_heading = "Configuration")]
+    node_id: Option<String>,
+    /// csi.kubeletDir
+    #[arg(long, value_name = "DIR", help_heading = "Configuration")]
+    kubelet_dir: Option<PathBuf>,
+    /// csi.register=false: serve, but do not register with the kubelet
+    #[arg(long, help_heading = "Configuration")]
+    no_register: bool,
+}
+
+impl NodeArgs {
+    pub(super) async fn run(self) -> Result<(), CliError> {
+        let config = self.service.configure(|config| {
+            if self.node_id.is_some() {
+                config.csi.node_id.clone_from(&self.node_id);
+            }
+            if let Some(dir) = &self.kubelet_dir {
+                config.csi.kubelet_dir.clone_from(dir);
+            }
+            config.csi.register &= !self.no_register;
+        })?;
+        let sources = Sources::new(Policy { trusted: false, config: config.sources.clone() })?;
+        let cache = Cache::open(&config.cache)?;
+        let provider = Provider::new(config.image_service.clone(), sources.clone())?;
+        let mounts = MountManager::new(config.mounts.clone(), sources, cache, provider.clone())?;
+        let readiness = Readiness::node(config.mounts.mounts_dir.clone(), config.cache.dir.clone());
+        let context = NodeContext {
+            config: config.csi.clone(),
+            clip_version: ClipVersion::new(config.image_service.clip_version)?,
+            mounts: Arc::new(mounts),
+            images: Arc::new(provider),
+            readiness: readiness.clone(),
+        };
+        serve(&config, readiness, serve_node(context, stopped())).await
+    }
+}

@@ -1,0 +1,108 @@
+//! What the services need of the rest of the driver, as traits, so that they are tested without mounts and networks.
+
+use std::fmt::Debug;
+use std::path::Path;
+
+use async_trait::async_trait;
+
+use super::volume_context::{VolumeSource, archive_url};
+use crate::build::BuildError;
+use crate::build::provider::{Provided, Provider, Request};
+use crate::build::store::{ArchiveStore, VolumeRecord};
+use crate::mount::{MountError, MountManager, MountSpec, Published, Recovery, TargetSpec, VolumeStats};
+use crate::source::ImageRef;
+
+/// Mounts and targets: [`MountManager`], or a fake.
+#[async_trait]
+pub trait Mounts: Send + Sync + Debug {
+    /// See [`MountManager::publish`].
+    async fn publish(&self, spec: &MountSpec, target: &TargetSpec) -> Result<Published, MountError>;
+    /// See [`MountManager::unpublish`].
+    async fn unpublish(&self, target: &Path) -> Result<(), MountError>;
+    /// See [`MountManager::stats`].
+    async fn stats(&self, target: &Path) -> Result<VolumeStats, MountError>;
+    /// See [`MountManager::recover`].
+    async fn recover(&self) -> Recovery;
+    /// See [`MountManager::shutdown`].
+    async fn shutdown(&self);
+}
+
+#[async_trait]
+impl Mounts for MountManager {
+    async fn publish(&self, spec: &MountSpec, target: &TargetSpec) -> Result<Published, MountError> {
+        self.publish(spec, target).await
+    }
+    async fn unpublish(&self, target: &Path) -> Result<(), MountError> {
+        self.unpublish(target).await
+    }
+    async fn stats(&self, target: &Path) -> Result<VolumeStats, MountError> {
+        self.stats(target).await
+    }
+    async fn recover(&self) -> Recovery {
+        self.recover().await
+    }
+    async fn shutdown(&self) {
+        self.shutdown().await;
+    }
+}
+
+/// Archives of images: [`Provider`], or a fake.
+#[async_trait]
+pub trait Images: Send + Sync + Debug {
+    /// See [`Provider::provide`]. Dropping the future loses nothing.
+    async fn provide(&self, request: &Request) -> Result<Provided, BuildError>;
+    /// See [`Provider::progress`].
+    fn progress(&self, image: &ImageRef) -> Option<String>;
+}
+
+/// How far a build is, where the volume is an image and one runs.
+pub(super) fn progress(images: &dyn Images, source: &VolumeSource) -> Option<String> {
+    match source {
+        VolumeSource::Image(image) => images.progress(image),
+        VolumeSource::Archive(_) => None,
+    }
+}
+
+#[async_trait]
+impl Images for Provider {
+    async fn provide(&self, request: &Request) -> Result<Provided, BuildError> {
+        self.provide(request).await
+    }
+    fn progress(&self, image: &ImageRef) -> Option<String> {
+        self.progress(image)
+    }
+}
+
+/// Records of volumes and the archives that they name: [`ArchiveStore`], or a fake.
+#[async_trait]
+pub trait Volumes: Send + Sync + Debug {
+    /// See [`ArchiveStore::create_record`].
+    async fn create_record(&self, record: &VolumeRecord) -> Result<Option<VolumeRecord>, BuildError>;
+    /// See [`ArchiveStore::record`].
+    async fn record(&self, id: &str) -> Result<Option<VolumeRecord>, BuildError>;
+    /// See [`ArchiveStore::delete_record`].
+    async fn delete_record(&self, id: &str) -> Result<(), BuildError>;
+    /// See [`ArchiveStore::put`].
+    async fn put(&self, name: &str, file: &Path) -> Result<(), BuildError>;
+    /// The archive's location as the attribute `archive` names it.
+    fn archive_url(&self, name: &str) -> String;
+}
+
+#[async_trait]
+impl Volumes for ArchiveStore {
+    async fn create_record(&self, record: &VolumeRecord) -> Result<Option<VolumeRecord>, BuildError> {
+        self.create_record(record).await
+    }
+    async fn record(&self, id: &str) -> Result<Option<VolumeRecord>, BuildError> {
+        self.record(id).await
+    }
+    async fn delete_record(&self, id: &str) -> Result<(), BuildError> {
+        self.delete_record(id).await
+    }
+    async fn put(&self, name: &str, file: &Path) -> Result<(), BuildError> {
+        self.put(name, file).await
+    }
+    fn archive_url(&self, name: &str) -> String {
+        archive_url(&self.location(name))
+    }
+}

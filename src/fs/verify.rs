@@ -1,0 +1,362 @@
+//! Checking an archive: that its tree names bytes that exist, and, with `data`, that every byte is what a digest says.
+//!
+//! Reads past the cache: what is checked is what the sources hold now.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures::TryStreamExt as _;
+
+use super::legacy::{FileCheck, FileRange, WholeFileFiller};
+use super::parts::{Part, Proof};
+use super::{OpenError, Opened};
+use crate::archive::{BlobTable, Data, HEADER_LEN, Kind, NodeId, Storage};
+use crate::cache::fill::TableFiller;
+use crate::cache::{CacheError, SpanFiller as _};
+use crate::inflate::Indexer;
+use crate::source::BlobSource;
+use crate::units::{Compression, Digest};
+
+/// Problems that are told in full; more are counted.
+const MAX_PROBLEMS: usize = 100;
+
+/// Spans that are asked for at once, when every byte of a blob is read.
+const SPANS_AT_ONCE: u32 = 8;
+
+/// What a check found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Names in the tree.
+    pub names: u64,
+    /// Blobs (layers, or the one data region).
+    pub blobs: u64,
+    /// Bytes that a digest or checksum covers and that match it. 0 unless data was asked for.
+    pub verified_bytes: u64,
+    /// Bytes of files that nothing covers.
+    pub unverifiable_bytes: u64,
+    /// Problems in all.
+    pub problem_count: u64,
+    /// The first hundred of them, a line each.
+    pub problems: Vec<String>,
+}
+
+impl Verified {
+    /// Nothing is wrong.
+    pub fn is_ok(&self) -> bool {
+        self.problem_count == 0
+    }
+
+    fn problem(&mut self, text: String) {
+        self.problem_count += 1;
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(text);
+        }
+    }
+}
+
+/// Verifies an opened archive. Without `data`: the structure (fetches the seek table, no file data). With it: every byte of
+/// every blob against its span digests, or its own digest, and every file that carries a content hash against that; goes
+/// on after an error. `progress` hears of uncompressed bytes as they are checked. An `Err` is what made the check itself
+/// impossible, such as a source that can't be reached; everything wrong with the archive is a problem in the answer.
+pub async fn verify(
+    opened: &Opened,
+    data: bool,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<Verified, OpenError> {
+    let tree = opened.fs.tree();
+    let mut out = Verified { names: tree.len() as u64, blobs: opened.parts.len() as u64, ..Verified::default() };
+    let mut files: HashMap<usize, Vec<FileRange>> = HashMap::new();
+    let mut ends = vec![(0u64, NodeId::ROOT); opened.parts.len()];
+    for node in (0..tree.len() as u32).map(NodeId).filter(|id| tree.inode(*id) == *id) {
+        let attr = tree.attr(node);
+        let (blob, end) = match tree.data(node) {
+            Data::Empty => continue,
+            Data::Contiguous { blob, offset } => {
+                files.entry(blob.0.into()).or_default().push(FileRange { offset, len: attr.size, node });
+                (blob, offset.checked_add(attr.size))
+            }
+            Data::Sparse { blob, extents } => {
+                (blob, extents.iter().try_fold(0, |max, e| Some(e.blob_offset.checked_add(e.len)?.max(max))))
+            }
+        };
+        match (ends.get_mut(usize::from(blob.0)), end) {
+            (Some(max), Some(end)) => *max = (*max).max((end, node)),
+            (None, _) => out.problem(format!("{}: names blob {}, which is not there", show(opened, node), blob.0)),
+            (_, None) => out.problem(format!("{}: its data ends beyond 2^64", show(opened, node))),
+        }
+    }
+    for (ix, part) in opened.parts.iter().enumerate() {
+        let files = files.remove(&ix).unwrap_or_default();
+        let (end, last) = ends.get(ix).copied().unwrap_or((0, NodeId::ROOT));
+        let checked = check_part(opened, part, files, (end, last), data, progress, &mut out).await;
+        if let Err(error) = checked {
+            match error {
+                CacheError::Corrupt { .. } | CacheError::Unverifiable { .. } => out.problem(error.to_string()),
+                other => return Err(other.into()),
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn show(opened: &Opened, node: NodeId) -> String {
+    String::from_utf8_lossy(&opened.fs.tree().path(node)).into_owned()
+}
+
+async fn check_part(
+    opened: &Opened,
+    part: &Part,
+    files: Vec<FileRange>,
+    (end, last): (u64, NodeId),
+    data: bool,
+    progress: &(dyn Fn(u64) + Send + Sync),
+    out: &mut Verified,
+) -> Result<(), CacheError> {
+    let mut fits = |len: u64| {
+        if end > len {
+            let what = part.source.describe();
+            out.problem(format!("{}: its data ends at {end}, but {what} at {len}", show(opened, last)));
+        }
+    };
+    match part.proof().await? {
+        Proof::Table(table) => {
+            fits(table.ulen);
+            if data {
+                let checks = FileChecks::new(opened, files, false);
+                check_spans(&table, &part.source, checks, progress, out).await?;
+            }
+        }
+        Proof::Layer(digest, compression) => {
+            if data {
+                let checks = FileChecks::new(opened, files, false);
+                let (table, checks) = stream_layer(part.source.as_ref(), compression, checks, progress).await?;
+                fits(table.ulen);
+                checks.report(out);
+                out.verified_bytes += table.ulen;
+                if table.digest != digest {
+                    out.problem(format!("{}: its content is {}", part.source.describe(), table.digest));
+                }
+                check_claim(opened, digest, table.diff_id, out);
+            }
+        }
+        Proof::Files => {
+            let size = part.source.stat().await?.size;
+            fits(size);
+            if data {
+                let checks = FileChecks::new(opened, files, true);
+                check_files(opened, part, size, checks, progress, out).await?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the archive says of a layer's uncompressed content (the Go module writes that).
+fn check_claim(opened: &Opened, layer: Digest, diff_id: Digest, out: &mut Verified) {
+    if let Storage::Oci(oci) = &opened.archive.storage
+        && let Some(claim) = oci.decompressed_hash.get(&layer.to_string())
+        && *claim != diff_id.hex()
+    {
+        out.problem(format!("layer {layer}: its uncompressed content is {diff_id}, the archive says {claim}"));
+    }
+}
+
+async fn check_spans(
+    table: &Arc<BlobTable>,
+    source: &Arc<dyn BlobSource>,
+    mut checks: FileChecks<'_>,
+    progress: &(dyn Fn(u64) + Send + Sync),
+    out: &mut Verified,
+) -> Result<(), CacheError> {
+    let filler = TableFiller { source: Arc::clone(source), table: Arc::clone(table) };
+    let count = u32::try_from(table.spans.len()).unwrap_or(u32::MAX);
+    let mut next = 0;
+    while next < count {
+        let group = next..count.min(next + SPANS_AT_ONCE);
+        // After a failure each span alone, so that one bad span is one problem.
+        let singles = match filler.fill(group.clone()).await {
+            Ok(filled) => {
+                for span in filled {
+                    checks.push(&span.bytes);
+                    out.verified_bytes += span.bytes.len() as u64;
+                    progress(span.bytes.len() as u64);
+                }
+                0..0
+            }
+            Err(CacheError::Corrupt { .. } | CacheError::Source(crate::source::SourceError::Corrupt { .. })) => {
+                group.clone()
+            }
+            Err(other) => return Err(other),
+        };
+        for ix in singles {
+            let bounds = table.bounds(crate::archive::SpanIx(ix));
+            match filler.fill(ix..ix + 1).await {
+                Ok(filled) => {
+                    for span in filled {
+                        checks.push(&span.bytes);
+                        out.verified_bytes += span.bytes.len() as u64;
+                    }
+                }
+                Err(
+                    error @ (CacheError::Corrupt { .. }
+                    | CacheError::Source(crate::source::SourceError::Corrupt { .. })),
+                ) => {
+                    out.problem(error.to_string());
+                    checks.skip(bounds.end - bounds.start);
+                }
+                Err(other) => return Err(other),
+            }
+            progress(bounds.end - bounds.start);
+        }
+        next = group.end;
+    }
+    checks.report(out);
+    Ok(())
+}
+
+async fn stream_layer<'a>(
+    source: &dyn BlobSource,
+    compression: Compression,
+    mut checks: FileChecks<'a>,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<(BlobTable, FileChecks<'a>), CacheError> {
+    let corrupt =
+        |e: crate::inflate::InflateError| CacheError::Corrupt { what: source.describe(), detail: e.to_string() };
+    let mut indexer = Indexer::new(compression, 1 << 20);
+    let mut stream = source.stream(0).await?;
+    let mut sink = |bytes: &[u8]| {
+        checks.push(bytes);
+        progress(bytes.len() as u64);
+    };
+    while let Some(bytes) = stream.try_next().await? {
+        indexer.push(&bytes, &mut sink).map_err(corrupt)?;
+    }
+    let table = indexer.finish(&mut sink).map_err(corrupt)?;
+    Ok((table, checks))
+}
+
+/// v1 without span digests: one pass over the archive file, every file by its own hash or checksum.
+async fn check_files(
+    opened: &Opened,
+    part: &Part,
+    size: u64,
+    mut checks: FileChecks<'_>,
+    progress: &(dyn Fn(u64) + Send + Sync),
+    out: &mut Verified,
+) -> Result<(), CacheError> {
+    // The same spans that a mount would use: what is read here is what is read there.
+    let filler = WholeFileFiller::new(Arc::clone(opened.fs.tree()), Arc::clone(&part.source), size)?;
+    let mut at = HEADER_LEN as u64;
+    checks.skip(at);
+    let end = checks.end().min(size);
+    for bound in filler.geometry.bounds.iter().copied().filter(|bound| *bound > at).collect::<Vec<_>>() {
+        if at >= end {
+            break;
+        }
+        let bytes = part.source.read_range(at..bound).await?;
+        checks.push(&bytes);
+        progress(bytes.len() as u64);
+        at = bound;
+    }
+    out.verified_bytes += checks.matched_bytes;
+    out.unverifiable_bytes += checks.uncovered_bytes;
+    checks.report(out);
+    Ok(())
+}
+
+/// Checks files by their content hashes while the bytes of their blob go by in order.
+struct FileChecks<'a> {
+    opened: &'a Opened,
+    /// By offset.
+    files: Vec<(FileRange, Option<Digest>)>,
+    next: usize,
+    active: Vec<Active>,
+    at: u64,
+    /// A file without a content hash is followed by a CRC-64.
+    crc: bool,
+    matched_bytes: u64,
+    uncovered_bytes: u64,
+    problems: Vec<String>,
+}
+
+struct Active {
+    file: FileRange,
+    check: FileCheck,
+    /// The checksum behind the data, as far as it went by.
+    crc: Vec<u8>,
+    crc_len: usize,
+}
+
+impl<'a> FileChecks<'a> {
+    fn new(opened: &'a Opened, files: Vec<FileRange>, crc: bool) -> Self {
+        let tree = opened.fs.tree();
+        let mut files: Vec<_> = files
+            .into_iter()
+            .filter(|file| tree.attr(file.node).kind == Kind::File)
+            .map(|file| (file, tree.content_hash(file.node)))
+            .filter(|(file, hash)| (crc || hash.is_some()) && file.offset.checked_add(file.len + 8).is_some())
+            .collect();
+        files.sort_unstable_by_key(|(file, _)| (file.offset, file.node));
+        Self {
+            opened,
+            files,
+            next: 0,
+            active: Vec::new(),
+            at: 0,
+            crc,
+            matched_bytes: 0,
+            uncovered_bytes: 0,
+            problems: Vec::new(),
+        }
+    }
+
+    /// Where the last check ends.
+    fn end(&self) -> u64 {
+        self.files.iter().map(|(file, _)| file.range().end + 8).max().unwrap_or(0)
+    }
+
+    fn push(&mut self, bytes: &[u8]) {
+        let (start, end) = (self.at, self.at + bytes.len() as u64);
+        while let Some((file, hash)) = self.files.get(self.next).filter(|(file, _)| file.offset < end) {
+            // One that begins in bytes that were skipped can't be checked any more.
+            if file.offset >= start {
+                let crc_len = if hash.is_none() && self.crc { 8 } else { 0 };
+                self.active.push(Active { file: *file, check: FileCheck::new(*hash), crc: Vec::new(), crc_len });
+            } else {
+                self.uncovered_bytes += file.len;
+            }
+            self.next += 1;
+        }
+        let part = |from: u64, to: u64| {
+            let from = from.clamp(start, end) - start;
+            let to = to.clamp(start, end) - start;
+            bytes.get(from as usize..(to as usize).max(from as usize)).unwrap_or_default()
+        };
+        let mut still = Vec::new();
+        for mut active in std::mem::take(&mut self.active) {
+            let range = active.file.range();
+            active.check.update(part(range.start, range.end));
+            active.crc.extend_from_slice(part(range.end, range.end + active.crc_len as u64));
+            if end < range.end + active.crc_len as u64 {
+                still.push(active);
+                continue;
+            }
+            match active.check.finish(&active.crc) {
+                Ok(()) => self.matched_bytes += active.file.len,
+                Err(detail) => self.problems.push(format!("{}: {detail}", show(self.opened, active.file.node))),
+            }
+        }
+        self.active = still;
+        self.at = end;
+    }
+
+    /// `len` bytes can't be had, or hold no file: files that lie in them are not checked.
+    fn skip(&mut self, len: u64) {
+        self.at = self.at.saturating_add(len);
+        self.uncovered_bytes += self.active.drain(..).map(|active| active.file.len).sum::<u64>();
+    }
+
+    fn report(self, out: &mut Verified) {
+        self.problems.into_iter().for_each(|problem| out.problem(problem));
+    }
+}

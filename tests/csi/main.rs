@@ -1,0 +1,169 @@
+//! The CSI services over real unix sockets, with fakes behind them: no mounts, no network.
+
+mod controller;
+mod fakes;
+mod node;
+mod registration;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clip_csi::csi::proto::v1::controller_client::ControllerClient;
+use clip_csi::csi::proto::v1::identity_client::IdentityClient;
+use clip_csi::csi::proto::v1::node_client::NodeClient;
+use clip_csi::csi::proto::v1::volume_capability::{AccessMode, AccessType, MountVolume, access_mode::Mode};
+use clip_csi::csi::proto::v1::{NodePublishVolumeRequest, VolumeCapability};
+use clip_csi::csi::{
+    ClipVersion, ControllerContext, CsiConfig, CsiError, NodeContext, Readiness, serve_controller, serve_node,
+};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::transport::{Channel, Endpoint};
+
+use fakes::{FakeImages, FakeMounts, FakeVolumes};
+
+/// Nothing here takes longer unless it is broken.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running server; dropped, it is told to stop.
+struct Server {
+    dir: Arc<tempfile::TempDir>,
+    config: CsiConfig,
+    mounts: Arc<FakeMounts>,
+    images: Arc<FakeImages>,
+    volumes: Arc<FakeVolumes>,
+    stop: Option<oneshot::Sender<()>>,
+    serving: JoinHandle<Result<(), CsiError>>,
+}
+
+fn config(dir: &Path) -> CsiConfig {
+    CsiConfig {
+        kubelet_dir: dir.to_owned(),
+        node_id: Some("node-1".into()),
+        register: false,
+        publish_wait_seconds: 1,
+        shutdown_seconds: 5,
+        ..CsiConfig::default()
+    }
+}
+
+impl Server {
+    async fn node() -> Self {
+        Self::node_with(|_| {}, Readiness::new(Vec::new())).await
+    }
+
+    async fn node_with(change: impl FnOnce(&mut CsiConfig), readiness: Readiness) -> Self {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let mut config = config(dir.path());
+        change(&mut config);
+        Self::start_node(dir, config, Arc::default(), readiness).await
+    }
+
+    async fn start_node(
+        dir: Arc<tempfile::TempDir>,
+        config: CsiConfig,
+        mounts: Arc<FakeMounts>,
+        readiness: Readiness,
+    ) -> Self {
+        let images = Arc::<FakeImages>::default();
+        let context = NodeContext {
+            config: config.clone(),
+            clip_version: ClipVersion::new(Some(2)).unwrap(),
+            mounts: mounts.clone(),
+            images: images.clone(),
+            readiness,
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = tokio::spawn(serve_node(context, async { drop(stopped.await) }));
+        // Recovery begins once the socket is bound.
+        wait_for("recovery", || mounts.recoveries() > 0 || serving.is_finished()).await;
+        Self { dir, config, mounts, images, volumes: Arc::default(), stop: Some(stop), serving }
+    }
+
+    async fn controller(store: bool) -> Self {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let config = config(dir.path());
+        let (images, volumes) = (Arc::<FakeImages>::default(), Arc::<FakeVolumes>::default());
+        let context = ControllerContext {
+            config: config.clone(),
+            clip_version: ClipVersion::new(Some(2)).unwrap(),
+            images: images.clone(),
+            volumes: store.then(|| volumes.clone() as _),
+            readiness: Readiness::controller(store.then(|| volumes.clone() as _)),
+        };
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = tokio::spawn(serve_controller(context, async { drop(stopped.await) }));
+        let socket = config.socket_path().unwrap();
+        wait_for("the socket", || socket.exists()).await;
+        Self { dir, config, mounts: Arc::default(), images, volumes, stop: Some(stop), serving }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.config.socket_path().unwrap()
+    }
+
+    async fn channel(&self) -> Channel {
+        dial(&self.socket()).await
+    }
+
+    async fn node_client(&self) -> NodeClient<Channel> {
+        NodeClient::new(self.channel().await)
+    }
+
+    async fn identity_client(&self) -> IdentityClient<Channel> {
+        IdentityClient::new(self.channel().await)
+    }
+
+    async fn controller_client(&self) -> ControllerClient<Channel> {
+        ControllerClient::new(self.channel().await)
+    }
+
+    /// SIGTERM, as it were.
+    async fn stop(&mut self) -> Result<(), CsiError> {
+        drop(self.stop.take());
+        tokio::time::timeout(PATIENCE, &mut self.serving).await.expect("it stops").unwrap()
+    }
+
+    fn target(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    /// A publish as the kubelet makes it for an inline volume.
+    fn publish(&self, target: &str, attributes: &[(&str, &str)]) -> NodePublishVolumeRequest {
+        NodePublishVolumeRequest {
+            volume_id: "csi-0123".into(),
+            target_path: self.target(target),
+            volume_capability: Some(mount_capability(Mode::SingleNodeWriter)),
+            volume_context: map(attributes),
+            ..Default::default()
+        }
+    }
+}
+
+async fn dial(socket: &Path) -> Channel {
+    let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap();
+    tokio::time::timeout(PATIENCE, endpoint.connect()).await.expect("it answers").unwrap()
+}
+
+fn mount_capability(mode: Mode) -> VolumeCapability {
+    VolumeCapability {
+        access_type: Some(AccessType::Mount(MountVolume::default())),
+        access_mode: Some(AccessMode { mode: mode.into() }),
+    }
+}
+
+fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+/// For what tells nobody: asked for again and again, within bounds.
+async fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("{what} did not come about"));
+}
