@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build test interop bench lint fmt fuzz
+.PHONY: help demo build test soak interop bench lint fmt fuzz
 
 # What is missing is installed, and said; with everything there it takes a moment.
 build-env = environment=$$(.ci/setup build); eval "$$environment"
@@ -19,6 +19,9 @@ build: ## build the release binary; says where it is
 
 test: ## all tests; installs what they need (as root, with apt), lists what was skipped
 	@$(test-env); .ci/test
+
+soak: ## the property tests with other inputs each time, many of them (PROPTEST_CASES, default 20000)
+	@$(test-env); PROPTEST_RNG_SEED=$$(date +%s%N | cut -c8-) PROPTEST_CASES=$${PROPTEST_CASES:-20000} cargo test --locked --lib
 
 interop: ## only the tests against the Go module: our archives read by it, its by us
 	@$(test-env); .ci/test --test interop

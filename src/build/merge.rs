@@ -31,6 +31,7 @@ const MAX_INODES: usize = 4_000_000;
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 const AUFS: &[u8] = b".wh..wh.";
+const WHITEOUT_DIR: &str = "a name that begins with .wh. can't be a directory";
 
 /// A layer that contradicts itself or the layers below. Names the path.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -158,7 +159,7 @@ fn whiteout(path: &[u8]) -> Result<Option<Whiteout<'_>>, MergeError> {
         return Ok(None);
     }
     if parent.split(|b| *b == b'/').any(|part| part.starts_with(WHITEOUT)) {
-        return Err(error(path, "a name that begins with .wh. can't be a directory"));
+        return Err(error(path, WHITEOUT_DIR));
     }
     match name.strip_prefix(WHITEOUT) {
         None => Ok(None),
@@ -447,6 +448,10 @@ impl Merger {
                 }
                 None => {
                     let Some(mtime) = make else { return Ok(None) };
+                    // The path itself was checked: this came out of a symlink. AUFS' own names are dropped in the end.
+                    if part.starts_with(WHITEOUT) && !(dir == ROOT && part.starts_with(AUFS)) {
+                        return Err(error(path, WHITEOUT_DIR));
+                    }
                     self.make_dir(path, dir, part, mtime)?
                 }
             };

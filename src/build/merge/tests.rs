@@ -237,6 +237,16 @@ fn paths_that_grow_through_symlinks_stay_bounded() {
     assert!(error.detail.contains("4095"), "{error}");
 }
 
+/// Later layers would take it for a whiteout, and so would whoever archives what we extract.
+#[test]
+fn no_directory_comes_to_be_behind_a_symlink_to_a_whiteouts_name() {
+    for (link, file) in [(".wh.a", "c/f"), ("/x/.wh.a", "c/y/f")] {
+        let layer = Tar::new().symlink("c", link).file(file, "x");
+        let error = Merger::new().apply(BlobIx(0), entries(&layer.end())).unwrap_err();
+        assert!(error.detail.contains(".wh."), "{error}");
+    }
+}
+
 /// Small names, so that random layers collide.
 fn name() -> impl Strategy<Value = String> {
     let part = prop::sample::select(vec!["a", "b", "c", ".wh.a", ".wh.b", ".wh..wh..opq", "..", "."]);
