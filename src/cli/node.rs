@@ -37,7 +37,7 @@ pub(super) struct NodeArgs {
 
 impl NodeArgs {
     pub(super) async fn run(self) -> Result<(), CliError> {
-        let config = self.service.configure(|config| {
+        let configured = self.service.configure(|config| {
             if self.node_id.is_some() {
                 config.csi.node_id.clone_from(&self.node_id);
             }
@@ -46,6 +46,7 @@ impl NodeArgs {
             }
             config.csi.register &= !self.no_register;
         })?;
+        let Some(config) = configured else { return Ok(()) };
         let sources = Sources::new(Policy { trusted: false, config: config.sources.clone() })?;
         let cache = Cache::open(&config.cache)?;
         let provider = Provider::new(config.image_service.clone(), sources.clone())?;

@@ -28,6 +28,15 @@ app.kubernetes.io/part-of: clip-csi
 {{- end }}
 {{- end -}}
 
+{{/* Of pods: nothing that changes with the chart, since another label means another pod, and that interrupts volumes. */}}
+{{- define "clip-csi.podLabels" -}}
+app.kubernetes.io/part-of: clip-csi
+{{ include "clip-csi.selector" . }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
 {{/* repository:tag or repository@digest. Takes (dict "image" … "tag" default tag). */}}
 {{- define "clip-csi.image" -}}
 {{- if .image.digest -}}
