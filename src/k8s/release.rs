@@ -48,7 +48,10 @@ impl Release {
         match release.get().await {
             Some(Ok(_)) => release.readable = true,
             Some(Err(error)) => {
-                tracing::warn!(daemon_set, "the DaemonSet of this plugin can't be read, so uninstalling leaves the kubelet's registration behind: {error}");
+                tracing::warn!(
+                    daemon_set,
+                    "the DaemonSet of this plugin can't be read, so uninstalling leaves the kubelet's registration behind: {error}"
+                );
             }
             None => tracing::warn!(daemon_set, "the API server does not answer"),
         }

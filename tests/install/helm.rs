@@ -225,7 +225,9 @@ fn rights_are_no_more_than_what_is_used() {
     let objects = objects(&rendered("everything"));
     let policy = find(&objects, "ValidatingAdmissionPolicy", "images-node");
     let text = serde_yaml_ng::to_string(policy).unwrap();
-    assert!(text.contains("system:serviceaccount:clip-csi:images-node") && text.contains("images.example.com/not-ready"));
+    assert!(
+        text.contains("system:serviceaccount:clip-csi:images-node") && text.contains("images.example.com/not-ready")
+    );
 }
 
 #[test]
@@ -283,7 +285,10 @@ fn examples_name_the_driver_and_are_changed_in_one_way() {
             continue;
         }
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        assert!(objects(&std::fs::read_to_string(&path).unwrap()).len() > usize::from(name.starts_with("02")), "{name}");
+        assert!(
+            objects(&std::fs::read_to_string(&path).unwrap()).len() > usize::from(name.starts_with("02")),
+            "{name}"
+        );
         let args = ["--image", "r.example:5000/py:1", "--busybox", "r.example:5000/bb:1", "--s3-key", "ID:KEY/+&"];
         let place = ["--s3", "s3://mine/sub/?endpoint=http://s3:9000&path-style=true"];
         let mut render = Command::new("manifests/examples/render");

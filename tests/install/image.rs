@@ -57,7 +57,9 @@ fn the_same_binary_gives_the_same_bytes_and_the_image_holds_what_it_should() {
     assert!(fs::read(&a).unwrap() == fs::read(&b).unwrap(), "not deterministic");
     let rootfs = unpack(&a, dir.path());
     assert_eq!(fs::read(rootfs.join("usr/bin/clip-csi")).unwrap(), static_elf());
-    assert!(fs::read_to_string(rootfs.join("etc/ssl/certs/ca-certificates.crt")).unwrap().contains("BEGIN CERTIFICATE"));
+    assert!(
+        fs::read_to_string(rootfs.join("etc/ssl/certs/ca-certificates.crt")).unwrap().contains("BEGIN CERTIFICATE")
+    );
     assert!(fs::read_to_string(rootfs.join("etc/nsswitch.conf")).unwrap().contains("hosts: files dns"));
     assert!(rootfs.join("tmp").is_dir() && rootfs.join("var/lib/clip-csi").is_dir());
 }
@@ -76,7 +78,9 @@ fn name_server(socket: UdpSocket) {
     while let Ok((len, from)) = socket.recv_from(&mut buffer) {
         let query = &buffer[..len];
         // The name ends with a zero byte; type and class follow.
-        let Some(end) = query.get(12..).and_then(|q| q.iter().position(|b| *b == 0)).map(|at| 12 + at + 5) else { continue };
+        let Some(end) = query.get(12..).and_then(|q| q.iter().position(|b| *b == 0)).map(|at| 12 + at + 5) else {
+            continue;
+        };
         let Some(question) = query.get(12..end) else { continue };
         let is_a = question[question.len() - 4..] == [0, 1, 0, 1];
         let mut answer = [&query[..2], &[0x81, 0x80, 0, 1, 0, u8::from(is_a), 0, 0, 0, 0], question].concat();
@@ -111,7 +115,10 @@ fn registry(listener: TcpListener, hosts: mpsc::Sender<String>) {
 #[test]
 fn names_resolve_in_the_image_by_its_hosts_file_and_by_dns() {
     let Some(archive) = std::env::var_os("CLIP_CSI_IMAGE") else {
-        return skipped("names_resolve_in_the_image_by_its_hosts_file_and_by_dns", "CLIP_CSI_IMAGE names no image (`make image`)");
+        return skipped(
+            "names_resolve_in_the_image_by_its_hosts_file_and_by_dns",
+            "CLIP_CSI_IMAGE names no image (`make image`)",
+        );
     };
     let port_53 = UdpSocket::bind("127.0.0.153:53");
     let (true, Ok(server)) = (rustix::process::geteuid().is_root(), port_53) else {

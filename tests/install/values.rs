@@ -131,7 +131,10 @@ fn every_key_of_the_configuration_is_a_value_or_set_by_the_chart() {
     assert!(missing.is_empty(), "neither or both of config.* in values.schema.json and OF_THE_CHART: {missing:?}");
     for section in properties(&schema, "config").unwrap() {
         for key in properties(&schema, &format!("config.{section}")).unwrap() {
-            assert!(keys.contains_key(&format!("{section}.{key}")), "config.{section}.{key}: the driver does not know it");
+            assert!(
+                keys.contains_key(&format!("{section}.{key}")),
+                "config.{section}.{key}: the driver does not know it"
+            );
         }
     }
 }
