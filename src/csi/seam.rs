@@ -85,8 +85,8 @@ pub trait Volumes: Send + Sync + Debug {
     /// See [`Records::delete`].
     async fn delete_record(&self, id: &str) -> Result<(), BuildError>;
     /// See [`ArchiveStore::put`].
-    async fn put(&self, name: &str, file: &Path) -> Result<(), BuildError>;
-    /// The archive's location as the attribute `archive` names it.
+    async fn put(&self, name: &str, file: Option<&Path>, image: &ImageRef) -> Result<(), BuildError>;
+    /// The archive's location as the attribute `archive` names it; empty in a store beside images, where it has none.
     fn archive_url(&self, name: &str) -> String;
 }
 
@@ -101,10 +101,10 @@ impl Volumes for ArchiveStore {
     async fn delete_record(&self, id: &str) -> Result<(), BuildError> {
         self.records().delete(id).await
     }
-    async fn put(&self, name: &str, file: &Path) -> Result<(), BuildError> {
-        self.put(name, file).await
+    async fn put(&self, name: &str, file: Option<&Path>, image: &ImageRef) -> Result<(), BuildError> {
+        self.put(name, file, image).await
     }
     fn archive_url(&self, name: &str) -> String {
-        archive_url(&self.location(name))
+        self.location(name).map(|location| archive_url(&location)).unwrap_or_default()
     }
 }
