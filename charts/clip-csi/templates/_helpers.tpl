@@ -79,6 +79,9 @@ imageService:
   {{- end }}
   spanKib: {{ $images.spanKib | int64 }}
   checkpointMib: {{ $images.checkpointMib | int64 }}
+  tablesOfContents: {{ $images.tablesOfContents }}
+  referrers: {{ $images.referrers }}
+  archiveGraceHours: {{ $images.archiveGraceHours | int64 }}
 sources:
   archiveRoots: {{ toJson $sources.archiveRoots }}
   {{- if $sources.s3 }}
