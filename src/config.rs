@@ -9,6 +9,7 @@ use crate::archive::Version;
 use crate::build::provider::ImageServiceConfig;
 use crate::cache::CacheConfig;
 use crate::csi::{CsiConfig, CsiError};
+use crate::k8s::{KubeConfig, KubeError};
 use crate::mount::MountConfig;
 use crate::source::SourceError;
 use crate::source::policy::SourceConfig;
@@ -37,6 +38,8 @@ pub struct Config {
     pub mounts: MountConfig,
     /// The CSI services.
     pub csi: CsiConfig,
+    /// The Kubernetes API.
+    pub k8s: KubeConfig,
     /// Logs and the HTTP endpoint.
     pub telemetry: TelemetryConfig,
 }
@@ -76,6 +79,9 @@ pub enum ConfigError {
     /// A value of the `csi` section.
     #[error(transparent)]
     Csi(#[from] CsiError),
+    /// A value of the `k8s` section.
+    #[error(transparent)]
+    Kubernetes(#[from] KubeError),
     /// A value of the `sources` section.
     #[error(transparent)]
     Sources(#[from] SourceError),
@@ -158,6 +164,19 @@ pub const ENVIRONMENT: &[EnvOverride] = &[
         key: "csi.nodeId",
         set: |c, v| {
             c.csi.node_id = Some(v.into());
+            Ok(())
+        },
+    },
+    EnvOverride {
+        name: "CLIP_CSI_K8S_ENABLED",
+        key: "k8s.enabled",
+        set: |c, v| v.parse().map(|enabled| c.k8s.enabled = enabled),
+    },
+    EnvOverride {
+        name: "CLIP_CSI_KUBECONFIG",
+        key: "k8s.kubeconfig",
+        set: |c, v| {
+            c.k8s.kubeconfig = Some(v.into());
             Ok(())
         },
     },
@@ -253,6 +272,7 @@ impl Config {
         absolute("mounts.mountsDir", &self.mounts.mounts_dir)?;
         absolute("mounts.stateDir", &self.mounts.state_dir)?;
         self.csi.validate()?;
+        self.k8s.validate()?;
         self.validate_telemetry()
     }
 
@@ -394,6 +414,7 @@ mod tests {
                 "csi.driverName" => "other.example",
                 "csi.endpoint" => "unix:///csi.sock",
                 "csi.nodeId" => "node-1",
+                "k8s.enabled" => "false",
                 _ => "/elsewhere",
             };
             let mut config = Config::default();
@@ -451,6 +472,7 @@ mod tests {
     fn sections_that_check_themselves_name_their_keys_too() {
         for (text, key, remedy) in [
             ("csi: { endpoint: 'tcp://x' }", "csi.endpoint", "unix:///"),
+            ("k8s: { namespace: 'a/b' }", "k8s.namespace", "write its name"),
             ("sources: { archiveRoots: [/a, ../b] }", "sources.archiveRoots[1]", "absolute path"),
             ("sources: { s3: [ { endpoint: 'http://x' } ] }", "sources.s3[0].bucket", "name the bucket"),
             ("sources: { s3: [ { bucket: b, endpoint: x.example } ] }", "sources.s3[0].endpoint", "https://"),

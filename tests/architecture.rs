@@ -15,9 +15,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("build", &["cache", "source", "inflate", "archive", "units", "metrics"]),
     ("fs", &["cache", "source", "inflate", "archive", "units", "metrics"]),
     ("mount", &["fs", "build", "cache", "source", "inflate", "archive", "units", "metrics"]),
-    ("csi", &["mount", "fs", "build", "cache", "source", "inflate", "archive", "units", "metrics"]),
+    ("k8s", &["build", "source", "archive", "units", "metrics"]),
+    ("csi", &["mount", "k8s", "fs", "build", "cache", "source", "inflate", "archive", "units", "metrics"]),
     ("telemetry", &["metrics"]),
-    ("config", &["csi", "telemetry", "mount", "fs", "build", "cache", "source", "archive", "units"]),
+    ("config", &["csi", "telemetry", "mount", "k8s", "fs", "build", "cache", "source", "archive", "units"]),
     (
         "cli",
         &[
@@ -25,6 +26,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "telemetry",
             "csi",
             "mount",
+            "k8s",
             "fs",
             "build",
             "cache",
@@ -53,6 +55,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
     ("libz_rs_sys", &["inflate"]),
+    ("kube", &["k8s"]),
     ("anyhow", &["main.rs"]),
 ];
 

@@ -6,6 +6,7 @@
 
 mod progress;
 mod refs;
+mod size;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
