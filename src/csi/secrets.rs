@@ -43,6 +43,13 @@ pub(super) fn credentials(
                 "this old format is not supported; make a secret of type kubernetes.io/dockerconfigjson ({DOCKER_CONFIG})"
             ));
         }
+        if ["username", "password"].contains(&key.as_str()) {
+            return refuse(
+                "it does not say for which registry, and a password goes only to the registry it is for; make the secret with \
+                 kubectl create secret docker-registry"
+                    .into(),
+            );
+        }
         if !known {
             return refuse(format!(
                 "it is unknown; use {DOCKER_CONFIG} for a registry, or {}, {} and optionally {} for S3",
@@ -199,6 +206,7 @@ mod tests {
             let error = of(&[(key, value)], Some("n")).unwrap_err().to_string();
             assert!(error.contains(key) && !error.contains("hunter2"), "{error}");
         }
+        assert!(of(&[("username", "bob")], None).unwrap_err().to_string().contains("docker-registry"));
         assert!(of(&[(".dockercfg", "x")], None).unwrap_err().to_string().contains("kubernetes.io/dockerconfigjson"));
     }
 }
