@@ -7,6 +7,7 @@
 mod progress;
 mod referrer;
 mod refs;
+mod size;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

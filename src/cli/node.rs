@@ -9,7 +9,9 @@ use super::CliError;
 use super::service::{ServiceArgs, serve, stopped};
 use crate::build::provider::Provider;
 use crate::cache::Cache;
+use crate::config::ConfigError;
 use crate::csi::{ClipVersion, CsiConfig, NodeContext, Readiness, serve_node, unregister};
+use crate::k8s::Kubernetes;
 use crate::k8s::release::{Release, ReleaseError};
 use crate::mount::MountManager;
 use crate::source::{Policy, Sources};
@@ -57,12 +59,16 @@ impl NodeArgs {
         let cache = Cache::open(&config.cache)?;
         let provider = Provider::new(config.image_service.clone(), sources.clone())?;
         let mounts = MountManager::new(config.mounts.clone(), sources, cache, provider.clone())?;
+        let node = config.csi.node_id.clone().unwrap_or_default();
+        let kubernetes =
+            Kubernetes::start(&config.k8s, &config.csi.driver_name, &node).await.map_err(ConfigError::from)?;
         let readiness = Readiness::node(config.mounts.mounts_dir.clone(), config.cache.dir.clone());
         let context = NodeContext {
             config: config.csi.clone(),
             clip_version: ClipVersion::new(config.image_service.clip_version)?,
             mounts: Arc::new(mounts),
             images: Arc::new(provider),
+            kubernetes,
             readiness: readiness.clone(),
         };
         let csi = config.csi.clone();

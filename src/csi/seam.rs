@@ -53,6 +53,8 @@ impl Mounts for MountManager {
 pub trait Images: Send + Sync + Debug {
     /// See [`Provider::provide`]. Dropping the future loses nothing.
     async fn provide(&self, request: &Request) -> Result<Provided, BuildError>;
+    /// See [`Provider::content_bytes`].
+    async fn content_bytes(&self, provided: &Provided) -> Result<u64, BuildError>;
     /// See [`Provider::progress`].
     fn progress(&self, image: &ImageRef) -> Option<String>;
 }
@@ -65,10 +67,19 @@ pub(super) fn progress(images: &dyn Images, source: &VolumeSource) -> Option<Str
     }
 }
 
+/// The message of the Event `ArchiveBuilding`, where a call gave up waiting for a build that goes on.
+pub(super) fn building(status: &tonic::Status, images: &dyn Images, source: &VolumeSource) -> Option<String> {
+    let running = progress(images, source).filter(|_| status.code() == tonic::Code::Aborted)?;
+    Some(format!("the archive of {source} is being built: {running}; the volume follows when that is done"))
+}
+
 #[async_trait]
 impl Images for Provider {
     async fn provide(&self, request: &Request) -> Result<Provided, BuildError> {
         self.provide(request).await
+    }
+    async fn content_bytes(&self, provided: &Provided) -> Result<u64, BuildError> {
+        self.content_bytes(provided).await
     }
     fn progress(&self, image: &ImageRef) -> Option<String> {
         self.progress(image)

@@ -1,5 +1,6 @@
 //! Records of volumes: the truth about what was provisioned. One per volume, created once, never changed.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::io::Write as _;
 
@@ -32,6 +33,12 @@ pub struct VolumeRecord {
     pub archive: Option<String>,
     /// Seconds since the epoch.
     pub created: u64,
+    /// Bytes of the image's files, where known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_bytes: Option<u64>,
+    /// The volume's attributes, where the claim had a say in them: it may say something else later, the volume does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attributes: Option<BTreeMap<String, String>>,
 }
 
 /// Where the records of volumes are kept: objects beside the archives, or something from outside for a store that can't
@@ -170,6 +177,8 @@ mod tests {
             manifest_digest: None,
             archive: Some("archives/a.clip".into()),
             created: 1,
+            image_bytes: None,
+            attributes: None,
         }
     }
 
