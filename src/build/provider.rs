@@ -42,6 +42,8 @@ pub struct ImageServiceConfig {
     pub span_kib: u64,
     /// Distance in MiB of the checkpoints that the Go module reads. Default 2.
     pub checkpoint_mib: u64,
+    /// Index layers that carry a table of contents (eStargz, zstd:chunked) by that alone. Default true.
+    pub tables_of_contents: bool,
     /// Look for an index beside an image (a referrer in its repository) before one is built. Default true.
     pub referrers: bool,
     /// Hours for which an archive stays in the store that no volume names; 0: it is never removed. Default 24.
@@ -57,6 +59,7 @@ impl Default for ImageServiceConfig {
             archive_store: None,
             span_kib: 1024,
             checkpoint_mib: 2,
+            tables_of_contents: true,
             referrers: true,
             archive_grace_hours: 24,
         }
@@ -375,6 +378,7 @@ impl Provider {
         let options = BuildOptions {
             span_size: config.span_kib << 10,
             checkpoint_mib: config.checkpoint_mib,
+            tables_of_contents: config.tables_of_contents,
             ..BuildOptions::default()
         };
         let target = |version| {
