@@ -106,7 +106,9 @@ async fn an_upload_that_another_process_began_is_finished_and_checked() {
     let credentials = Credentials { s3: Some(keys.into()), ..Default::default() };
     let sources = common::sources(true, SourceConfig::default());
     let done = AtomicU64::new(0);
-    let count = |n: u64| drop(done.fetch_add(n, Ordering::SeqCst));
+    let count = |n: u64| {
+        done.fetch_add(n, Ordering::SeqCst);
+    };
     sources.put(&gateway.at("a.clip"), &file, true, &credentials, &count).await.unwrap();
     assert_eq!(done.load(Ordering::SeqCst), whole.len() as u64);
     let unfinished = client.list_multipart_uploads().bucket("store").send().await.unwrap();

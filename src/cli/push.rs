@@ -178,6 +178,16 @@ impl PushArgs {
         if tag.is_none() && subject.is_none() {
             return Err(CliError::Usage(format!("{what} refers to no image; name it by a tag: {}:TAG", place.name())));
         }
+        if let (Some(_), Some((host, path, _))) = (&subject, &facts.layers) {
+            let bare = host.trim_start_matches("https://").trim_start_matches("http://");
+            if (bare, path.as_str()) != (registry.as_str(), repository.as_str()) {
+                eprintln!(
+                    "clip-csi: warning: {what} fetches its layers from {bare}/{path}: nodes take an index only beside the \
+                     image that it was made of there; index the image in {}",
+                    place.name()
+                );
+            }
+        }
         let modified = tokio::fs::metadata(&self.archive).await.and_then(|meta| meta.modified());
         let labels = Labels {
             title: self.archive.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),

@@ -136,9 +136,6 @@ async fn take(
     let fetched = tempfile::Builder::new().prefix(".referrer-").tempfile_in(dir).map_err(io)?.into_temp_path();
     download(place, artifact, &fetched, &|_| {}).await?;
     let facts = Facts::of(&fetched).await?;
-    if facts.span.is_none() && facts.manifest.is_none() {
-        return Ok(Some("it has no digests of its own".into()));
-    }
     if let Some(why) = facts.objection(image, registry, repository) {
         return Ok(Some(why));
     }

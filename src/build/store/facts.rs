@@ -21,7 +21,9 @@ pub struct Facts {
     pub manifest: Option<Digest>,
     /// Its platform.
     pub platform: Option<Platform>,
-    /// Uncompressed bytes per span, where it has a table of ours.
+    /// It has a table of ours: every byte that is read through it is checked.
+    pub verified: bool,
+    /// Uncompressed bytes per span, where that table has a blob of several.
     pub span: Option<u64>,
     /// Host, repository and layers of a v2 archive whose layers lie in a registry.
     pub layers: Option<(String, String, Vec<String>)>,
@@ -78,6 +80,7 @@ impl Facts {
             version: archive.version(),
             manifest: extension.manifest_digest,
             platform: extension.platform,
+            verified: table.is_some(),
             span: spans.filter_map(|blob| blob.spans.get(1)).map(|span| span.uoff).max(),
             layers: match &archive.storage {
                 Storage::Oci(oci) if extension.layout.is_none() => {
@@ -95,6 +98,9 @@ impl Facts {
     pub fn objection(&self, image: &ResolvedImage, registry: &str, repository: &str) -> Option<String> {
         if self.version != Version::V2 {
             return Some("it carries its data, which nothing in the image vouches for".into());
+        }
+        if !self.verified {
+            return Some("it has no digests of what it shows".into());
         }
         if self.manifest != Some(image.manifest_digest) {
             return Some("it was made of another manifest".into());

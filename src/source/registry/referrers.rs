@@ -1,6 +1,6 @@
 //! What refers to a manifest: the referrers API of OCI 1.1, and the tag that stands in for it; and the lists of tags.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{ACCEPT, LINK};
@@ -24,8 +24,10 @@ const MAX_PAGES: usize = 32;
 const MAX_ENTRIES: usize = 4096;
 /// Tags of one repository that are kept: a store with more archives than this is cleaned up in parts.
 const MAX_TAGS: usize = 100_000;
-/// How often the stand-in tag is written where others write it at the same time.
-const FALLBACK_TRIES: u32 = 10;
+/// How often the stand-in tag is read where others write it at the same time.
+const FALLBACK_ROUNDS: u32 = 40;
+/// Least time after which what was written to it is believed to stay.
+const SETTLE: Duration = Duration::from_millis(200);
 
 /// What the referrers API answered.
 enum Answer {
@@ -85,8 +87,9 @@ impl Access {
         }
     }
 
-    /// Adds a manifest to the stand-in tag. Registries have no conditional write, so what was written is read again, and
-    /// where another writer's index has replaced it, it is merged into that one.
+    /// Adds a manifest to the stand-in tag. Registries have no conditional write, so what was written is read again after a
+    /// while, and where another writer's index has replaced it, it is merged into that one. That is as good as it gets: a
+    /// writer that takes much longer than this one may still take the entry away.
     pub(super) async fn add_to_fallback(
         &self,
         subject: &Digest,
@@ -97,32 +100,39 @@ impl Access {
         let what = format!("{}:{tag}", self.name);
         // Mirrors may lag behind what is written at the origin.
         let origin = Self { sessions: vec![self.origin(super::auth::PUSH)?], ..self.clone() };
-        for round in 0..FALLBACK_TRIES {
+        let spread = Duration::from_millis(u64::from(Digest::of(manifest).0[0]));
+        // After a write: how long to wait before it is believed to stay.
+        let mut settle = None;
+        for _ in 0..FALLBACK_ROUNDS {
+            let began = Instant::now();
             let before = match origin.manifest(&tag, None).await {
                 Ok(bytes) => Some(bytes),
                 Err(SourceError::NotFound { .. }) => None,
                 Err(error) => return Err(error),
             };
-            let Some(index) = artifact::with_entry(&what, before.as_deref(), manifest, version)? else {
-                return Ok(());
-            };
-            if index.len() as u64 > MANIFEST_LIMIT {
-                let detail = format!("has no room for another entry ({MANIFEST_LIMIT} bytes); delete old referrers");
-                return Err(SourceError::Invalid { what, detail });
+            match (artifact::with_entry(&what, before.as_deref(), manifest, version)?, settle.take()) {
+                (None, None) => return Ok(()),
+                (None, Some(wait)) => tokio::time::sleep(wait).await,
+                (Some(index), collided) => {
+                    if index.len() as u64 > MANIFEST_LIMIT {
+                        let detail =
+                            format!("has no room for another entry ({MANIFEST_LIMIT} bytes); delete old referrers");
+                        return Err(SourceError::Invalid { what, detail });
+                    }
+                    if collided.is_some() {
+                        // Those who collide come back at different times; the index is read again then.
+                        tokio::time::sleep(spread).await;
+                        continue;
+                    }
+                    self.put_manifest(&tag, INDEX, index.into()).await?;
+                    // One who read before this was written may still overwrite it: the time that reading and writing
+                    // took here is a measure of how long that takes.
+                    settle = Some(began.elapsed() * 3 + SETTLE + spread);
+                }
             }
-            self.put_manifest(&tag, INDEX, index.into()).await?;
-            // The next round reads it again and finds the entry, unless another writer took it away. Those who collide
-            // come back at different times.
-            let spread = u64::from(Digest::of(manifest).0[0]) % 64;
-            tokio::time::sleep(Duration::from_millis(u64::from(round) * (20 + spread))).await;
         }
-        match origin.manifest(&tag, None).await {
-            Ok(bytes) if artifact::with_entry(&what, Some(&bytes), manifest, version)?.is_none() => Ok(()),
-            _ => {
-                let detail = "others write the tag that stands in for the referrers API all the time; retry".into();
-                Err(SourceError::Unavailable { what, tries: FALLBACK_TRIES, detail })
-            }
-        }
+        let detail = "others write the tag that stands in for the referrers API all the time; retry".into();
+        Err(SourceError::Unavailable { what, tries: FALLBACK_ROUNDS, detail })
     }
 
     /// All tags of the repository.
