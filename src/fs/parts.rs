@@ -88,6 +88,7 @@ impl BlobSource for LazySource {
             Location::File(path) => path.display().to_string(),
             Location::S3 { bucket, key, .. } => format!("s3://{bucket}/{key}"),
             Location::Registry { registry, repository, digest } => format!("{registry}/{repository}@{digest}"),
+            Location::Artifact { .. } => self.location.to_string(),
             Location::Layout { dir, digest } => format!("oci:{}@{digest}", dir.display()),
         }
     }
