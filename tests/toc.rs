@@ -2,6 +2,10 @@
 //! alone, published like any other image.
 
 mod common;
+// Not all of it is used here.
+#[allow(dead_code)]
+#[path = "interop/reference.rs"]
+mod reference;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,6 +19,7 @@ use common::proxy::Proxy;
 use common::registry::Registry;
 use common::skip::{self, needs};
 use common::tree::{Facts, assert_same, walk};
+use reference::Reference;
 use serde_json::{Value, json};
 
 const OCI: &str = "application/vnd.oci.image.layer.v1.tar";
@@ -231,4 +236,38 @@ async fn without_tables_every_layer_is_streamed_for_the_go_module_to_read() {
     clip_csi(&["index", "--no-toc", &image, "-o", &archive]);
     assert_eq!(by_table(&archive), [false]);
     assert_eq!(clip_csi(&["cat", &archive, "/a"]).stdout, b"content");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_found_by_a_table_fails_in_the_go_module_rather_than_lies() {
+    let Some(go) = Reference::or_skip(&["go", "docker-registry"]) else { return };
+    let place = Place::new();
+    let with_table = Layer::new(Compression::None).dir("d", 0o755).file("d/found", b"by its table").into_tar();
+    let tar = Layer::new(Compression::None).file("ordinary", b"by the stream").into_tar();
+    let ordinary = Stored {
+        media_type: OCI.to_owned() + "+gzip",
+        diff_id: Digest::of(&tar),
+        bytes: {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            std::io::Write::write_all(&mut encoder, &tar).unwrap();
+            encoder.finish().unwrap()
+        },
+        annotations: json!({}),
+    };
+    layers::write_stored(&place.path("layout"), [layer("estargz", &with_table), ordinary]);
+    let registry = Registry::start();
+    registry.push_layout(&place.path("layout"), "team/app", "v1").await;
+    let (reference, archive) = (registry.image("team/app", "v1"), place.path("image.clip"));
+    clip_csi(&["index", &reference, "-o", &place.text("image.clip")]);
+    assert_eq!(by_table(&place.text("image.clip")), [true, false]);
+    {
+        let mounted = go.mount(&archive, &place.path("go"), &place.path("go-cache"));
+        assert_eq!(std::fs::metadata(mounted.dir.join("d/found")).unwrap().len(), 12);
+        let refused = std::fs::read(mounted.dir.join("d/found")).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EIO), "{refused}");
+        assert_eq!(std::fs::read(mounted.dir.join("ordinary")).unwrap(), b"by the stream");
+    }
+    clip_csi(&["index", "--no-toc", &reference, "-o", &place.text("image.clip")]);
+    let mounted = go.mount(&archive, &place.path("go-again"), &place.path("go-cache"));
+    assert_eq!(std::fs::read(mounted.dir.join("d/found")).unwrap(), b"by its table");
 }

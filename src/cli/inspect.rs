@@ -410,7 +410,8 @@ fn text(report: &Report) -> String {
             out.0 += &format!(
                 "{:<22}{:>12}{:>14}{:>12}{:>8}\n",
                 human::escaped(human::short_digest(&layer.digest).as_bytes()),
-                layer.compression.as_deref().unwrap_or("-"),
+                layer.compression.as_deref().unwrap_or("-").to_owned()
+                    + if layer.table_of_contents { " (toc)" } else { "" },
                 size(layer.compressed_bytes),
                 size(layer.uncompressed_bytes),
                 human::count(layer.spans),
