@@ -30,6 +30,8 @@ fn record(archive: &str) -> VolumeRecord {
         manifest_digest: None,
         archive: Some(archive.into()),
         created: 0,
+        image_bytes: None,
+        attributes: None,
     }
 }
 
