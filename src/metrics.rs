@@ -83,6 +83,8 @@ metrics! {
     events: IntCounterVec("clip_events_total", "Kubernetes Events by result (published, failed, dropped)", ["result"]);
     startup_taint: IntCounterVec("clip_startup_taint_total", "Tries to remove the node's startup taint by result (removed, absent, error)", ["result"]);
     kube_errors: IntCounterVec("clip_kube_errors_total", "Failed calls to the Kubernetes API by kind (denied, conflict, unavailable, invalid)", ["kind"]);
+    referrer_lookups: IntCounterVec("clip_referrer_lookups_total", "Searches for an archive beside an image by result (found, none, rejected, error)", ["result"]);
+    archives_collected: IntCounter("clip_archives_collected_total", "Archives removed from the archive store because no volume named them");
     errors: IntCounterVec("clip_errors_total", "Errors by kind (not_found, denied, refused, unavailable, corrupt, invalid, io, unverifiable)", ["kind"]);
 }
 

@@ -51,11 +51,12 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("aws_smithy_http_client", &["source/s3.rs", "source/s3"]),
     ("aws_smithy_runtime_api", &["source/s3.rs", "source/s3"]),
     ("aws_smithy_types", &["source/s3.rs", "source/s3"]),
+    ("kube", &["k8s"]),
+    ("k8s_openapi", &["k8s"]),
     ("axum", &["telemetry.rs"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
     ("libz_rs_sys", &["inflate"]),
-    ("kube", &["k8s"]),
     ("anyhow", &["main.rs"]),
 ];
 

@@ -9,6 +9,7 @@ pub mod events;
 pub mod fake;
 mod real;
 pub mod records;
+pub mod release;
 pub mod taint;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use std::io::Write as _;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
-use super::below;
+use super::{below, last_part};
 use crate::build::BuildError;
 use crate::source::{Credentials, Location, SourceError, Sources};
 use crate::units::Digest;
@@ -129,12 +129,7 @@ impl Records for ObjectRecords {
     async fn list(&self) -> Result<Vec<VolumeRecord>, BuildError> {
         let mut records = Vec::new();
         for location in self.sources.list(&below(&self.root, "volumes/"), &Credentials::default()).await? {
-            let named = match &location {
-                Location::File(path) => path.file_name().and_then(|name| name.to_str()),
-                Location::S3 { key, .. } => key.rsplit('/').next(),
-                Location::Registry { .. } | Location::Layout { .. } => None,
-            };
-            let id = named.and_then(|name| name.strip_suffix(".json"));
+            let id = last_part(&location).and_then(|name| name.strip_suffix(".json"));
             // Temporary files of a write under way, and whatever else people put there, are no records.
             if id.and_then(record_name).is_none() {
                 continue;
