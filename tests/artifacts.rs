@@ -513,6 +513,8 @@ fn record(name: &str) -> VolumeRecord {
         manifest_digest: None,
         archive: Some(name.into()),
         created: 0,
+        image_bytes: None,
+        attributes: None,
     }
 }
 
