@@ -126,6 +126,32 @@ async fn two_controllers_that_race_make_one_volume() {
 }
 
 #[tokio::test]
+async fn the_slower_of_two_controllers_gives_the_volume_that_the_faster_one_recorded() {
+    let kube = Arc::<FakeKube>::default();
+    let store = Arc::<FakeVolumes>::default();
+    let slow = Server::controller_over(Some(store.clone()), kube.clone(), true).await;
+    let fast = Server::controller_over(Some(store), kube.clone(), true).await;
+    slow.images.building.close();
+    put(&kube, &[("clip.csi.beam.cloud/image", IMAGE), ("clip.csi.beam.cloud/subPath", "usr")], &[ALLOW]);
+    assert_eq!(send(&slow, create("pvc-1", &[ALLOW])).await.unwrap_err().code(), Code::Aborted);
+    put(&kube, &[("clip.csi.beam.cloud/image", "registry.example/other:2")], &[ALLOW]);
+    let first = send(&fast, create("pvc-1", &[ALLOW])).await.unwrap();
+    assert!(first.volume_context["image"].starts_with("registry.example/other@"));
+    slow.images.building.open();
+    // Until the slow one has ended, what it began and what the record says are two calls on one volume.
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    let second = loop {
+        match send(&slow, create("pvc-1", &[ALLOW])).await {
+            Ok(volume) => break volume,
+            Err(status) => {
+                assert!(status.code() == Code::Aborted && tokio::time::Instant::now() < give_up, "{status:?}")
+            }
+        }
+    };
+    assert_eq!(second, first);
+}
+
+#[tokio::test]
 async fn what_the_class_fixes_a_claim_can_not_change() {
     let server = Server::controller(true).await;
     let fixed = [("image", "registry.example/fixed:1"), ("integrity", "strict"), ALLOW];
