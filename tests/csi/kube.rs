@@ -215,6 +215,19 @@ async fn a_claim_never_spends_a_secret_of_another_namespace() {
 }
 
 #[tokio::test]
+async fn the_class_that_is_looked_at_is_the_one_whose_secret_is_spent() {
+    let server = Server::controller(true).await;
+    let beta = [("clip.csi.beam.cloud/image", IMAGE), ("volume.beta.kubernetes.io/storage-class", "lender")];
+    put(&server.kube, &beta, &[ALLOW]);
+    let secret = ("csi.storage.k8s.io/provisioner-secret-namespace", "kube-system");
+    server.kube.put_class("lender", text(&[ALLOW, secret]));
+    refused(&server, create("pvc-1", &[ALLOW]), Code::PermissionDenied, &["lender", "kube-system"]).await;
+    // A class that says something else is not the one that the call was made of.
+    put(&server.kube, &beta[..1], &[ALLOW, ("clipVersion", "2")]);
+    refused(&server, create("pvc-1", &[ALLOW]), Code::FailedPrecondition, &["says something else"]).await;
+}
+
+#[tokio::test]
 async fn a_fallback_a_long_build_and_a_read_only_volume_are_told_on_the_claim() {
     let server = Server::controller(true).await;
     put(&server.kube, &[], &[]);
@@ -332,7 +345,7 @@ async fn no_secret_is_in_an_answer_a_record_an_event_a_metric_or_a_message() {
     let mut read = Vec::new();
 
     let server = Server::controller(true).await;
-    put(&server.kube, &[("clip.csi.beam.cloud/image", IMAGE)], &[ALLOW]);
+    put(&server.kube, &[("clip.csi.beam.cloud/image", IMAGE)], &[ALLOW, ("clipVersion", "2")]);
     server.images.falls_back.store(true, Ordering::SeqCst);
     let request = |name: &str| CreateVolumeRequest {
         secrets: map(&secrets),
