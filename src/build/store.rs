@@ -169,6 +169,11 @@ impl ArchiveStore {
         !matches!(self.place, Place::Objects(_))
     }
 
+    /// Whether it keeps records of volumes itself, as a directory and S3 do; a registry has no place for them.
+    pub fn keeps_records(&self) -> bool {
+        matches!(self.place, Place::Objects(_))
+    }
+
     /// Keeps the records of volumes elsewhere than beside the archives.
     #[must_use]
     pub fn with_records(self, records: Arc<dyn Records>) -> Self {

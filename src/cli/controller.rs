@@ -1,6 +1,7 @@
 //! `clip-csi controller`: the controller plugin, beside the provisioner.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 
@@ -9,7 +10,7 @@ use super::service::{ServiceArgs, serve, stopped};
 use crate::build::provider::Provider;
 use crate::config::ConfigError;
 use crate::csi::{ClipVersion, ControllerContext, Readiness, Volumes, serve_controller};
-use crate::k8s::Kubernetes;
+use crate::k8s::{ConfigMapRecords, Kubernetes};
 use crate::source::{Policy, Sources};
 
 /// Run the CSI controller plugin, for dynamically provisioned volumes
@@ -29,16 +30,25 @@ impl ControllerArgs {
         let Some(config) = self.service.configure(|_| {})? else { return Ok(()) };
         let sources = Sources::new(Policy { trusted: false, config: config.sources.clone() })?;
         let provider = Provider::new(config.image_service.clone(), sources)?;
-        let volumes = provider.store().map(|store| Arc::new(store.clone()) as Arc<dyn Volumes>);
         let pod = std::env::var("HOSTNAME").unwrap_or_default();
         let kubernetes =
             Kubernetes::start(&config.k8s, &config.csi.driver_name, &pod).await.map_err(ConfigError::from)?;
+        let volumes = provider.store().cloned().map(|store| -> Arc<dyn Volumes> {
+            match &kubernetes.api {
+                Some(api) if !store.keeps_records() => {
+                    let records = ConfigMapRecords::new(api.clone(), &config.csi.driver_name);
+                    Arc::new(store.with_records(Arc::new(records)))
+                }
+                _ => Arc::new(store),
+            }
+        });
         let readiness = Readiness::controller(volumes.clone(), kubernetes.api.clone());
         let context = ControllerContext {
             config: config.csi.clone(),
             clip_version: ClipVersion::new(config.image_service.clip_version)?,
             images: Arc::new(provider),
             volumes,
+            archive_grace: Duration::from_secs(config.image_service.archive_grace_hours.saturating_mul(3600)),
             kubernetes,
             readiness: readiness.clone(),
         };

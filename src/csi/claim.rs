@@ -14,8 +14,14 @@ use crate::source::ImageRef;
 
 /// The parameter of a StorageClass.
 pub(super) const ALLOW: &str = "allowImageFromPVC";
+/// Parameters that the provisioner keeps to itself.
+const PROVISIONERS: &str = "csi.storage.k8s.io/";
 /// What every namespace of a secret in such a class must be.
 const OWN_NAMESPACE: &str = "${pvc.namespace}";
+
+/// Names the class too, older than `storageClassName`, and the provisioner heeds it first. So it must be heeded here: a claim
+/// that names one class in each would else have one looked at and the other's secret spent.
+const CLASS_ANNOTATION: &str = "volume.beta.kubernetes.io/storage-class";
 
 /// Why a claim can't say what it says.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +64,16 @@ pub enum ClaimError {
         key: String,
         /// Its value, cut.
         value: String,
+    },
+    /// The call is not of the class that the claim names.
+    #[error(
+        "claim {claim} names StorageClass {class}, which says something else than this call; delete the claim and make it anew"
+    )]
+    OtherClass {
+        /// The class.
+        class: String,
+        /// Namespace and name of the claim.
+        claim: String,
     },
     /// A claim may name registries, not the controller's disk.
     #[error("annotation {PREFIX}image of claim {claim}: a claim may name an image of a registry only, no local layout")]
@@ -141,12 +157,16 @@ pub(super) async fn annotations(
 ) -> Result<BTreeMap<String, String>, RequestError> {
     let requester = &parameters.requester;
     let of = || [&requester.namespace, &requester.name].map(|part| part.clone().unwrap_or_default()).join("/");
-    let class = claim.storage_class.clone().unwrap_or_default();
+    let class = claim.annotations.get(CLASS_ANNOTATION).or(claim.storage_class.as_ref()).cloned().unwrap_or_default();
     let gone = || ClaimError::Gone { what: format!("StorageClass {class:?} of claim {}", of()) };
     if class.is_empty() {
         return Err(gone().into());
     }
     let lent = api.class_parameters(&class).await.map_err(ClaimError::Api)?.ok_or_else(gone)?;
+    let says = lent.iter().filter(|(key, _)| !key.starts_with(PROVISIONERS));
+    if !says.eq(&parameters.own) {
+        return Err(ClaimError::OtherClass { class, claim: of() }.into());
+    }
     let secret_namespace = |key: &str| {
         let key = key.to_ascii_lowercase();
         key.contains("secret") && key.ends_with("namespace")

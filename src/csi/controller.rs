@@ -186,7 +186,11 @@ impl ControllerService {
         if record.parameters != parameters {
             return Err(taken().into());
         }
-        let volume_context = context(&create.attributes, &record, volumes.as_ref());
+        // Where another controller was faster, the claim may have said something else to it.
+        let winner = record.attributes.as_ref().filter(|given| **given != create.attributes.given);
+        let winner = winner.map(|given| Attributes::parse(&given.clone().into_iter().collect())).transpose();
+        let winner = winner.map_err(RequestError::from)?;
+        let volume_context = context(winner.as_ref().unwrap_or(&create.attributes), &record, volumes.as_ref());
         tracing::info!(id = record.id, source = %create.attributes.source, "volume created");
         if create.asks_to_write {
             tracing::info!(id = record.id, "the claim asks for a mode that could write; the volume is read-only");

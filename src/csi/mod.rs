@@ -5,6 +5,7 @@
 
 mod claim;
 pub mod client;
+mod collect;
 mod controller;
 mod identity;
 mod node;
@@ -223,6 +224,8 @@ pub struct ControllerContext {
     pub images: Arc<dyn Images>,
     /// Records and archives; `None`: `imageService.archiveStore` is not set, and CreateVolume says so.
     pub volumes: Option<Arc<dyn Volumes>>,
+    /// How long an archive stays in the store that no volume names; zero: for ever.
+    pub archive_grace: Duration,
     /// The Kubernetes API, where there is one.
     pub kubernetes: Kubernetes,
     /// For Probe, and for `/readyz`.
@@ -284,7 +287,7 @@ pub async fn serve_controller(
     };
     context.readiness.start();
     let start = async { Ok(()) };
-    let serving = std::future::ready(());
+    let serving = collect::clean_up(context.volumes.clone(), context.archive_grace);
     run(config, &socket, listener, services, start, false, serving, shutdown, async |grace| {
         controller.drain(grace).await
     })

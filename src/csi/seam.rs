@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 
@@ -10,7 +11,7 @@ use crate::build::BuildError;
 use crate::build::provider::{Provided, Provider, Request};
 #[cfg(doc)]
 use crate::build::store::Records;
-use crate::build::store::{ArchiveStore, VolumeRecord};
+use crate::build::store::{ArchiveStore, Collected, VolumeRecord};
 use crate::mount::{MountError, MountManager, MountSpec, Published, Recovery, TargetSpec, VolumeStats};
 use crate::source::ImageRef;
 
@@ -97,6 +98,8 @@ pub trait Volumes: Send + Sync + Debug {
     async fn delete_record(&self, id: &str) -> Result<(), BuildError>;
     /// See [`ArchiveStore::put`].
     async fn put(&self, name: &str, file: Option<&Path>, image: &ImageRef) -> Result<(), BuildError>;
+    /// See [`ArchiveStore::collect`].
+    async fn collect(&self, now: SystemTime, grace: Duration) -> Result<Collected, BuildError>;
     /// The archive's location as the attribute `archive` names it; empty in a store beside images, where it has none.
     fn archive_url(&self, name: &str) -> String;
 }
@@ -114,6 +117,9 @@ impl Volumes for ArchiveStore {
     }
     async fn put(&self, name: &str, file: Option<&Path>, image: &ImageRef) -> Result<(), BuildError> {
         self.put(name, file, image).await
+    }
+    async fn collect(&self, now: SystemTime, grace: Duration) -> Result<Collected, BuildError> {
+        self.collect(now, grace).await
     }
     fn archive_url(&self, name: &str) -> String {
         self.location(name).map(|location| archive_url(&location)).unwrap_or_default()

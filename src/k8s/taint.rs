@@ -35,7 +35,7 @@ impl StartupTaint {
     }
 
     pub(super) async fn remove_pausing(&self, first: Duration, longest: Duration) {
-        let mut pause = first;
+        let (mut pause, mut failures) = (first, 0_u32);
         for tries in 1_u32.. {
             match self.try_once().await {
                 Ok(Some(removed)) => {
@@ -56,7 +56,11 @@ impl StartupTaint {
                 }
                 Err(error) => {
                     metrics().startup_taint.with_label_values(&["error"]).inc();
-                    tracing::warn!(node = self.node, taint = self.key, "startup taint can't be removed yet: {error}");
+                    // Once in a while is enough: rights that are missing are missing for long.
+                    if failures % PATIENCE == 0 {
+                        tracing::warn!(node = self.node, taint = self.key, "startup taint can't be removed: {error}");
+                    }
+                    failures += 1;
                 }
             }
             tokio::time::sleep(pause).await;

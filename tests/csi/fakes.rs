@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use clip_csi::archive::Version;
 use clip_csi::build::BuildError;
 use clip_csi::build::provider::{Provided, Request};
-use clip_csi::build::store::{ArchiveStore, VolumeRecord};
+use clip_csi::build::store::{ArchiveStore, Collected, VolumeRecord};
 use clip_csi::csi::{Images, Mounts, Volumes};
 use clip_csi::mount::{MountError, MountSpec, Published, Recovery, TargetSpec, VolumeStats};
 use clip_csi::source::{ImageRef, Location, Scope, SourceError};
@@ -157,6 +158,9 @@ impl Volumes for FakeVolumes {
     async fn delete_record(&self, id: &str) -> Result<(), BuildError> {
         self.records.lock().unwrap().remove(id);
         Ok(())
+    }
+    async fn collect(&self, _: SystemTime, _: Duration) -> Result<Collected, BuildError> {
+        Ok(Collected::default())
     }
     async fn put(&self, name: &str, _: Option<&Path>, _: &ImageRef) -> Result<(), BuildError> {
         self.stored.lock().unwrap().push(name.to_owned());

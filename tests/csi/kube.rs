@@ -126,6 +126,32 @@ async fn two_controllers_that_race_make_one_volume() {
 }
 
 #[tokio::test]
+async fn the_slower_of_two_controllers_gives_the_volume_that_the_faster_one_recorded() {
+    let kube = Arc::<FakeKube>::default();
+    let store = Arc::<FakeVolumes>::default();
+    let slow = Server::controller_over(Some(store.clone()), kube.clone(), true).await;
+    let fast = Server::controller_over(Some(store), kube.clone(), true).await;
+    slow.images.building.close();
+    put(&kube, &[("clip.csi.beam.cloud/image", IMAGE), ("clip.csi.beam.cloud/subPath", "usr")], &[ALLOW]);
+    assert_eq!(send(&slow, create("pvc-1", &[ALLOW])).await.unwrap_err().code(), Code::Aborted);
+    put(&kube, &[("clip.csi.beam.cloud/image", "registry.example/other:2")], &[ALLOW]);
+    let first = send(&fast, create("pvc-1", &[ALLOW])).await.unwrap();
+    assert!(first.volume_context["image"].starts_with("registry.example/other@"));
+    slow.images.building.open();
+    // Until the slow one has ended, what it began and what the record says are two calls on one volume.
+    let give_up = tokio::time::Instant::now() + PATIENCE;
+    let second = loop {
+        match send(&slow, create("pvc-1", &[ALLOW])).await {
+            Ok(volume) => break volume,
+            Err(status) => {
+                assert!(status.code() == Code::Aborted && tokio::time::Instant::now() < give_up, "{status:?}")
+            }
+        }
+    };
+    assert_eq!(second, first);
+}
+
+#[tokio::test]
 async fn what_the_class_fixes_a_claim_can_not_change() {
     let server = Server::controller(true).await;
     let fixed = [("image", "registry.example/fixed:1"), ("integrity", "strict"), ALLOW];
@@ -186,6 +212,19 @@ async fn a_claim_never_spends_a_secret_of_another_namespace() {
                 .unwrap();
         }
     }
+}
+
+#[tokio::test]
+async fn the_class_that_is_looked_at_is_the_one_whose_secret_is_spent() {
+    let server = Server::controller(true).await;
+    let beta = [("clip.csi.beam.cloud/image", IMAGE), ("volume.beta.kubernetes.io/storage-class", "lender")];
+    put(&server.kube, &beta, &[ALLOW]);
+    let secret = ("csi.storage.k8s.io/provisioner-secret-namespace", "kube-system");
+    server.kube.put_class("lender", text(&[ALLOW, secret]));
+    refused(&server, create("pvc-1", &[ALLOW]), Code::PermissionDenied, &["lender", "kube-system"]).await;
+    // A class that says something else is not the one that the call was made of.
+    put(&server.kube, &beta[..1], &[ALLOW, ("clipVersion", "2")]);
+    refused(&server, create("pvc-1", &[ALLOW]), Code::FailedPrecondition, &["says something else"]).await;
 }
 
 #[tokio::test]
@@ -306,7 +345,7 @@ async fn no_secret_is_in_an_answer_a_record_an_event_a_metric_or_a_message() {
     let mut read = Vec::new();
 
     let server = Server::controller(true).await;
-    put(&server.kube, &[("clip.csi.beam.cloud/image", IMAGE)], &[ALLOW]);
+    put(&server.kube, &[("clip.csi.beam.cloud/image", IMAGE)], &[ALLOW, ("clipVersion", "2")]);
     server.images.falls_back.store(true, Ordering::SeqCst);
     let request = |name: &str| CreateVolumeRequest {
         secrets: map(&secrets),

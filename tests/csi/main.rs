@@ -124,6 +124,7 @@ impl Server {
             clip_version: ClipVersion::new(Some(2)).unwrap(),
             images: images.clone(),
             volumes: store.clone().map(|volumes| volumes as _),
+            archive_grace: Duration::ZERO,
             readiness: Readiness::controller(store.map(|volumes| volumes as _), kubernetes.api.clone()),
             kubernetes,
         };
