@@ -2,14 +2,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build test soak interop bench lint fmt fuzz
+.PHONY: help demo build test soak interop bench bench-sweep lint fmt fuzz
 
 # What is missing is installed, and said; with everything there it takes a moment.
 build-env = environment=$$(.ci/setup build); eval "$$environment"
 test-env = environment=$$(.ci/setup test); eval "$$environment"
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: ## build (release) and show it all on this machine: no cluster, server or configuration
 	@$(build-env); cargo build --release --locked --bin clip-csi; "$$CARGO_TARGET_DIR/release/clip-csi" demo
@@ -27,7 +27,10 @@ interop: ## only the tests against the Go module: our archives read by it, its b
 	@$(test-env); .ci/test --test interop
 
 bench: ## the benchmarks
-	@$(test-env); cargo bench --locked
+	@$(test-env); cargo bench --locked --bench inflate --bench cache --bench mounted
+
+bench-sweep: ## which span size? a numpy image over a shaped link (takes minutes, packages from Debian and PyPI)
+	@$(test-env); cargo bench --locked --bench sweep
 
 lint: ## format, clippy, licences
 	@$(build-env); cargo fmt --all --check; cargo clippy --all-targets --locked -- -D warnings; \

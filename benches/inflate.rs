@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clip_csi::archive::{BlobTable, SeekTable, SpanIx};
+use clip_csi::build::DEFAULT_SPAN_KIB;
 use clip_csi::build::tar::Walker;
 use clip_csi::inflate::{Indexer, compressed_range, inflate_span, inflate_spans};
 use clip_csi::units::Compression;
@@ -16,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 const SAMPLE: usize = 192 << 20;
 const ROUNDS: usize = 5;
-const SPAN: u64 = 1 << 20;
+const SPAN: u64 = DEFAULT_SPAN_KIB << 10;
 
 fn main() {
     let file = std::env::args().skip(1).find(|a| !a.starts_with('-')).map(PathBuf::from);

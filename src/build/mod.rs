@@ -1,9 +1,11 @@
 //! Making archives: v1 from a directory or an image, v2 from an image; and the store that they are kept in.
 
+mod artifacts;
 mod bundle;
 mod data_region;
 mod dir;
 mod image_config;
+mod indexing;
 mod layer;
 pub mod merge;
 mod output;
@@ -15,15 +17,19 @@ pub mod tar;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod toc;
 mod v1;
 mod v2;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::source::{ResolvedImage, SourceError};
 use crate::units::Digest;
 use progress::Progress;
 
+pub use artifacts::Artifacts;
+pub use indexing::Indexing;
 pub use v1::write_remote_index;
 
 /// What can go wrong in a build.
@@ -86,6 +92,9 @@ impl BuildError {
     }
 }
 
+/// Uncompressed bytes per span, in KiB, where nothing else is asked for: found by measurement, see docs/performance.md.
+pub const DEFAULT_SPAN_KIB: u64 = 2048;
+
 /// Options of a build.
 #[derive(Debug, Clone)]
 pub struct BuildOptions {
@@ -93,13 +102,23 @@ pub struct BuildOptions {
     pub span_size: u64,
     /// Distance of the checkpoints that the Go module reads, in MiB.
     pub checkpoint_mib: u64,
+    /// Index layers that carry a table of contents (eStargz, zstd:chunked) by that, without reading them.
+    pub tables_of_contents: bool,
     /// What the archive says of where its layers lie, where that differs from where they were read.
     pub store_as: Option<crate::source::ImageRef>,
+    /// What builds share. Default: one layer per CPU at a time, nothing kept.
+    pub indexing: Arc<Indexing>,
 }
 
 impl Default for BuildOptions {
     fn default() -> Self {
-        Self { span_size: 1 << 20, checkpoint_mib: 2, store_as: None }
+        Self {
+            span_size: DEFAULT_SPAN_KIB << 10,
+            checkpoint_mib: 2,
+            tables_of_contents: true,
+            store_as: None,
+            indexing: Arc::default(),
+        }
     }
 }
 

@@ -195,6 +195,6 @@ impl Track {
         }
         let digest: Digest = if compression == Compression::None { found.plain } else { found.stored };
         let windows = found.windows;
-        Ok(BlobTable { digest, compression, clen, ulen: self.uoff, diff_id: found.plain, spans, windows })
+        Ok(BlobTable { digest, compression, clen, ulen: self.uoff, diff_id: found.plain, spans, windows, chunks: None })
     }
 }

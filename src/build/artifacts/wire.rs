@@ -113,7 +113,8 @@ fn unpack(entry: Entry) -> Option<TarEntry> {
     let time = |time: Time| Timestamp { sec: time.sec, nsec: time.nsec };
     let mtime = time(entry.mtime?);
     let extents = entry.extents.as_chunks().0.iter();
-    let extents = extents.map(|[offset, len, blob_offset]| Extent { offset: *offset, len: *len, blob_offset: *blob_offset });
+    let extents =
+        extents.map(|[offset, len, blob_offset]| Extent { offset: *offset, len: *len, blob_offset: *blob_offset });
     let xattrs = entry.xattrs.as_chunks().0.iter();
     Some(TarEntry {
         path: entry.path.into(),
