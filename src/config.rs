@@ -7,6 +7,7 @@ use url::Url;
 
 use crate::archive::Version;
 use crate::build::provider::ImageServiceConfig;
+use crate::build::store::ArchiveStore;
 use crate::cache::CacheConfig;
 use crate::csi::{CsiConfig, CsiError};
 use crate::mount::MountConfig;
@@ -275,10 +276,11 @@ impl Config {
             let good = match Url::parse(store) {
                 Ok(url) if url.scheme() == "s3" => url.host_str().is_some_and(|bucket| !bucket.is_empty()),
                 Ok(url) if url.scheme() == "file" => url.to_file_path().is_ok(),
-                _ => false,
+                _ => ArchiveStore::check(store).is_ok(),
             };
             if !good {
-                return invalid("imageService.archiveStore", store, "write s3://bucket/prefix or file:///directory");
+                let remedy = "write s3://bucket/prefix, file:///directory, oci://host/repository or referrer";
+                return invalid("imageService.archiveStore", store, remedy);
             }
         }
         if !images.span_kib.is_power_of_two() || !SPAN_KIB.contains(&images.span_kib) {

@@ -80,6 +80,8 @@ metrics! {
     v1_extract_seconds: Histogram("clip_v1_extract_seconds", "Unpacking an image for a v1 archive: duration in seconds");
     v1_archive_bytes: IntCounter("clip_v1_archive_bytes_total", "Bytes of v1 archives built");
     build_fallbacks: IntCounter("clip_build_fallbacks_total", "Builds that were to be v2 and fell back to v1");
+    referrer_lookups: IntCounterVec("clip_referrer_lookups_total", "Searches for an archive beside an image by result (found, none, rejected, error)", ["result"]);
+    archives_collected: IntCounter("clip_archives_collected_total", "Archives removed from the archive store because no volume named them");
     errors: IntCounterVec("clip_errors_total", "Errors by kind (not_found, denied, refused, unavailable, corrupt, invalid, io, unverifiable)", ["kind"]);
 }
 

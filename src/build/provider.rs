@@ -5,6 +5,7 @@
 //! that gives up loses nothing, the next one joins the same build.
 
 mod progress;
+mod referrer;
 mod refs;
 
 use std::collections::HashMap;
@@ -34,7 +35,8 @@ pub struct ImageServiceConfig {
     pub archive_dir: PathBuf,
     /// Limit in bytes of `archive_dir`; the least recently used archives that no mount needs go first. Default 20 GiB.
     pub archive_max_bytes: u64,
-    /// A store shared by nodes and controller: `file:///dir`, `s3://bucket/prefix[?endpoint=…]`. Default: none.
+    /// A store shared by nodes and controller: `file:///dir`, `s3://bucket/prefix[?endpoint=…]`, `oci://host/repository`, or
+    /// `referrer` (beside each image). Default: none.
     pub archive_store: Option<String>,
     /// Uncompressed bytes per span, in KiB. Default [`DEFAULT_SPAN_KIB`].
     pub span_kib: u64,
@@ -44,6 +46,12 @@ pub struct ImageServiceConfig {
     pub index_concurrency: usize,
     /// Limit in bytes of what is kept of each indexed layer, in `archive_dir`/layers. 0: nothing is kept. Default 1 GiB.
     pub layer_cache_max_bytes: u64,
+    /// Index layers that carry a table of contents (eStargz, zstd:chunked) by that alone. Default true.
+    pub tables_of_contents: bool,
+    /// Look for an index beside an image (a referrer in its repository) before one is built. Default true.
+    pub referrers: bool,
+    /// Hours for which an archive stays in the store that no volume names; 0: it is never removed. Default 24.
+    pub archive_grace_hours: u64,
 }
 
 impl Default for ImageServiceConfig {
@@ -57,6 +65,9 @@ impl Default for ImageServiceConfig {
             checkpoint_mib: 2,
             index_concurrency: 0,
             layer_cache_max_bytes: 1 << 30,
+            tables_of_contents: true,
+            referrers: true,
+            archive_grace_hours: 24,
         }
     }
 }
@@ -99,7 +110,7 @@ pub struct Provided {
     pub manifest_digest: Digest,
     /// Who may share what is fetched through it.
     pub scope: Scope,
-    /// Where it came from: "node", "store", "built".
+    /// Where it came from: "node", "store", "referrer", "built".
     pub from: &'static str,
 }
 
@@ -139,6 +150,7 @@ struct Inner {
     store: Option<ArchiveStore>,
     refs: RefRecords,
     indexing: Arc<Indexing>,
+    referrers: referrer::Misses,
     jobs: Mutex<HashMap<String, (Job, Arc<BuildProgress>)>>,
     pins: Mutex<HashMap<PathBuf, Weak<Pin>>>,
 }
@@ -165,9 +177,16 @@ impl Provider {
         let refs = RefRecords::new(dir.join("refs"));
         let limit = config.layer_cache_max_bytes;
         let artifacts = (limit > 0).then(|| Artifacts::new(dir.join("layers"), limit));
-        let indexing = Arc::new(Indexing::new(config.index_concurrency, artifacts));
-        let (jobs, pins) = (Mutex::default(), Mutex::default());
-        let inner = Inner { config, sources, store, refs, indexing, jobs, pins };
+        let inner = Inner {
+            indexing: Arc::new(Indexing::new(config.index_concurrency, artifacts)),
+            config,
+            sources,
+            store,
+            refs,
+            referrers: referrer::Misses::default(),
+            jobs: Mutex::default(),
+            pins: Mutex::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -206,7 +225,7 @@ impl Provider {
         };
         let (manifest_digest, scope) = (image.manifest_digest, image.scope);
         self.inner.refs.remember(&key, manifest_digest, scope, &request.credentials);
-        let made = self.job(image, request.version).await.map_err(BuildError::Shared)?;
+        let made = self.job(image, request.version, request.credentials.clone()).await.map_err(BuildError::Shared)?;
         self.hand_out(made, manifest_digest, scope)
     }
 
@@ -286,7 +305,7 @@ impl Provider {
     }
 
     /// The job that makes an archive of this manifest available; joined where it runs already.
-    fn job(&self, image: ResolvedImage, wanted: Version) -> Job {
+    fn job(&self, image: ResolvedImage, wanted: Version, credentials: Credentials) -> Job {
         let name = ArchiveStore::file_name(&image.manifest_digest, &image.platform, wanted);
         let mut jobs = self.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((job, _)) = jobs.get(&name) {
@@ -295,7 +314,7 @@ impl Provider {
         let progress = Arc::new(BuildProgress::new(image.reference.clone()));
         let (this, key, reporter) = (self.clone(), name.clone(), progress.clone());
         let task = tokio::spawn(async move {
-            let result = this.make(&image, wanted, &reporter).await.map_err(Arc::new);
+            let result = this.make(&image, wanted, &credentials, &reporter).await.map_err(Arc::new);
             this.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
             result
         });
@@ -310,7 +329,13 @@ impl Provider {
         job
     }
 
-    async fn make(&self, image: &ResolvedImage, wanted: Version, progress: &BuildProgress) -> Result<Made, BuildError> {
+    async fn make(
+        &self,
+        image: &ResolvedImage,
+        wanted: Version,
+        credentials: &Credentials,
+        progress: &BuildProgress,
+    ) -> Result<Made, BuildError> {
         let (manifest, platform) = (&image.manifest_digest, &image.platform);
         if let Some((path, _pin)) = self.find_local(manifest, platform, wanted) {
             return Ok(Made { location: Location::File(path.clone()), file: Some(path), from: "node" });
@@ -321,6 +346,10 @@ impl Provider {
                 Ok(None) => {}
                 Err(error) => warn!(image = %image.reference, %error, "archive store is no help: building here"),
             }
+        }
+        if let Some(path) = self.from_referrer(image, credentials).await {
+            self.clean_up(&path);
+            return Ok(Made { location: Location::File(path.clone()), file: Some(path), from: "referrer" });
         }
         let path = self.build(image, wanted, progress).await?;
         self.clean_up(&path);
@@ -336,16 +365,14 @@ impl Provider {
     ) -> Result<Option<Made>, BuildError> {
         let Some(store) = &self.inner.store else { return Ok(None) };
         let name = ArchiveStore::archive_name(manifest, platform, version);
+        let Some(location) = store.find(&name).await? else { return Ok(None) };
         match version {
-            Version::V1 => {
-                let made = |location| Made { location, file: None, from: "store" };
-                Ok(store.contains(&name).await?.then(|| made(store.location(&name))))
-            }
+            Version::V1 => Ok(Some(Made { location, file: None, from: "store" })),
             Version::V2 => {
                 let path = self.inner.config.archive_dir.join(ArchiveStore::file_name(manifest, platform, version));
                 let made =
                     |path: PathBuf| Made { location: Location::File(path.clone()), file: Some(path), from: "store" };
-                Ok(store.fetch(&name, &path).await?.then(|| made(path)))
+                Ok(store.fetch(&location, &path).await?.then(|| made(path)))
             }
         }
     }
@@ -362,6 +389,7 @@ impl Provider {
             span_size: config.span_kib << 10,
             checkpoint_mib: config.checkpoint_mib,
             indexing: self.inner.indexing.clone(),
+            tables_of_contents: config.tables_of_contents,
             ..BuildOptions::default()
         };
         let target = |version| {

@@ -239,6 +239,11 @@ impl Walker {
         }
     }
 
+    /// The closing blocks have come: whatever follows is no part of the archive.
+    pub(super) fn has_ended(&self) -> bool {
+        matches!(self.state, State::End)
+    }
+
     /// The stream has ended: is the archive whole? As in Go, the closing zero blocks and the last padding may be missing.
     pub fn finish(self) -> Result<(), TarError> {
         let detail = match &self.state {

@@ -57,7 +57,10 @@ pub(super) async fn archive_image(
     for layer in &image.layers {
         if layer::media_type(&layer.media_type).0.is_none() {
             let kind = super::tar::show(layer.media_type.as_bytes());
-            let detail = format!("layer {} is of a kind that can't be read (media type {kind})", layer.digest);
+            let detail = format!(
+                "layer {} is of a kind that can't be read (media type {kind}); push the image again with tar layers",
+                layer.digest
+            );
             return Err(bad_image(image, detail));
         }
     }

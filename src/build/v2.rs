@@ -126,8 +126,11 @@ fn indexable(image: &ResolvedImage) -> Result<(), BuildError> {
     for layer in &image.layers {
         let detail = match layer::media_type(&layer.media_type) {
             (Some(_), false) => continue,
-            (Some(_), true) => "may not be distributed, so no registry has to hold it",
-            (None, _) => "is of a kind that can't be read",
+            (Some(_), true) => {
+                "may not be distributed, so no registry has to hold it: build the image on a base without such layers, \
+                 or archive it (v1) where they can be had"
+            }
+            (None, _) => "is of a kind that can't be read (tar, alone or with gzip or zstd, can): push the image again",
         };
         let detail =
             format!("layer {} (media type {}) {detail}", layer.digest, super::tar::show(layer.media_type.as_bytes()));

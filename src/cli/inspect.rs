@@ -91,6 +91,8 @@ struct LayerReport {
     uncompressed_bytes: Option<u64>,
     /// Spans that can be fetched and verified by themselves; 0: the layer has to be fetched as a whole.
     spans: u64,
+    /// Indexed by a table of contents of its own (eStargz, zstd:chunked): its uncompressed bytes are those of its files only.
+    table_of_contents: bool,
     /// Checkpoints of the Go module.
     checkpoints: u64,
 }
@@ -256,6 +258,7 @@ fn layers(storage: &Storage, table: Option<&SeekTable>) -> Vec<LayerReport> {
         compressed_bytes: Some(blob.clen),
         uncompressed_bytes: Some(blob.ulen),
         spans: blob.spans.len() as u64,
+        table_of_contents: blob.chunks.is_some(),
         checkpoints: 0,
     };
     let Storage::Oci(oci) = storage else {
@@ -270,6 +273,7 @@ fn layers(storage: &Storage, table: Option<&SeekTable>) -> Vec<LayerReport> {
             compressed_bytes: stored.iter().find(|l| l.digest == *digest).and_then(|l| u64::try_from(l.size).ok()),
             uncompressed_bytes: None,
             spans: 0,
+            table_of_contents: false,
             checkpoints: 0,
         });
         report.checkpoints = gzip.map_or_else(|| zstd.map_or(0, Vec::len), Vec::len) as u64;

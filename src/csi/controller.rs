@@ -168,9 +168,12 @@ impl ControllerService {
         };
         let version = version_of(&provided.location, &provided.manifest_digest, &platform);
         let name = ArchiveStore::archive_name(&provided.manifest_digest, &platform, version);
-        if let (Location::File(file), "node" | "built") = (&provided.location, provided.from) {
-            volumes.put(&name, file).await?;
-        }
+        // Also one that came from there: whoever cleans up must see that it is used.
+        let file = match &provided.location {
+            Location::File(file) => Some(file.as_path()),
+            _ => None,
+        };
+        volumes.put(&name, file, image).await?;
         Ok(VolumeRecord {
             image: Some(image.to_string()),
             manifest_digest: Some(provided.manifest_digest),
@@ -197,6 +200,8 @@ fn version_of(location: &Location, manifest: &Digest, platform: &Platform) -> Ve
     let name = match location {
         Location::File(path) => path.to_string_lossy(),
         Location::S3 { key, .. } => key.as_str().into(),
+        // The store names them by tag: the file's name, without its ending.
+        Location::Artifact { reference, .. } => format!("{reference}.clip").into(),
         Location::Registry { .. } | Location::Layout { .. } => "".into(),
     };
     let v2 = ArchiveStore::file_name(manifest, platform, Version::V2);

@@ -267,6 +267,7 @@ pub(super) fn archive_url(location: &Location) -> String {
             format!("s3://{bucket}/{key}{mark}{query}")
         }
         Location::Registry { registry, repository, digest } => format!("{registry}/{repository}@{digest}"),
+        Location::Artifact { .. } => location.to_string(),
         Location::Layout { dir, digest } => format!("oci:{}@{digest}", dir.display()),
     }
 }

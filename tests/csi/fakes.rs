@@ -151,7 +151,7 @@ impl Volumes for FakeVolumes {
         self.records.lock().unwrap().remove(id);
         Ok(())
     }
-    async fn put(&self, name: &str, _: &Path) -> Result<(), BuildError> {
+    async fn put(&self, name: &str, _: Option<&Path>, _: &ImageRef) -> Result<(), BuildError> {
         self.stored.lock().unwrap().push(name.to_owned());
         Ok(())
     }

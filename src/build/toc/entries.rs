@@ -299,7 +299,7 @@ impl Builder {
                 Some((coff, end)) if coff == piece.coff => piece.skip >= end,
                 Some((coff, _)) => piece.coff > coff,
                 // A header comes before any data.
-                None => piece.coff > 0,
+                None => piece.coff > 0 || piece.skip > 0,
             };
             if !in_order {
                 return Err(wrong("its chunks are out of order".into()));

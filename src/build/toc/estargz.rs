@@ -3,13 +3,18 @@
 //! The footer is an empty gzip member, whose extra field says where that member starts: 16 hex digits and `STARGZ`, in a subfield `SG`
 //! (51 bytes in all) or, of old, bare (47 bytes).
 //!
+//! Whether an unpacker sees the table as a file depends on the writer: a tar that was taken over as it is ends, with its zeros, before the
+//! table comes, and whatever follows is no part of it ([`is_in_the_tar`]).
+//!
 //! The table says of a chunk which member it starts, not where it lies in the tar: between two chunks are padding and headers, whose
 //! lengths it does not tell. It has times in whole seconds only.
 
+use std::ops::Range;
+
 use super::entries::{Chunk, Contents};
 use super::{MAX_JSON, MAX_STORED, TocError, broken, check, entries};
-use crate::build::tar::{TarEntry, Walker};
-use crate::inflate::{InflateError, inflate_whole};
+use crate::build::tar::{EntryKind, TarEntry, Walker};
+use crate::inflate::{InflateError, MAX_SPAN, inflate_whole};
 use crate::units::{Compression, Digest};
 
 /// The layer annotation that holds the digest of the table's JSON.
@@ -17,6 +22,8 @@ pub const ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.digest";
 /// Length of the footer in bytes.
 pub const FOOTER_LEN: usize = 51;
 const LEGACY_LEN: usize = 47;
+/// Most bytes of the last stream, uncompressed: a chunk, what comes before it, and as much behind.
+const MAX_TAIL: usize = 3 * MAX_SPAN as usize;
 /// The table's name in its tar.
 const NAME: &[u8] = b"stargz.index.json";
 const WHAT: &str = "its eStargz footer";
@@ -55,8 +62,8 @@ pub fn footer(tail: &[u8], size: u64) -> Result<Footer, TocError> {
 }
 
 /// Reads the table out of its member, the layer's bytes from [`Footer::toc`] to [`Footer::start`]. `digest` is what the manifest says
-/// of its JSON.
-pub fn open(member: &[u8], footer: Footer, digest: &Digest) -> Result<Contents, TocError> {
+/// of its JSON. Gives what the table says, and the table itself as a file of the layer.
+pub fn open(member: &[u8], footer: Footer, digest: &Digest) -> Result<(Contents, (TarEntry, Chunk)), TocError> {
     const WHAT: &str = "the member of its table of contents";
     // A tar header before it, padding and two blocks of zeros behind it.
     let tar = inflate_whole(Compression::Gzip, member, MAX_JSON + 8192);
@@ -65,7 +72,7 @@ pub fn open(member: &[u8], footer: Footer, digest: &Digest) -> Result<Contents, 
     let walked = Walker::new().push(&tar, &mut |entry| found.push(entry));
     walked.map_err(|error| broken(WHAT, error.to_string()))?;
     let json = match &found[..] {
-        [one] if *one.path == *NAME && one.extents.is_none() => {
+        [one] if *one.path == *NAME && one.extents.is_none() && one.size > 0 => {
             let range = usize::try_from(one.offset).ok().zip(usize::try_from(one.size).ok());
             range.and_then(|(from, len)| tar.get(from..from.checked_add(len)?))
         }
@@ -75,15 +82,36 @@ pub fn open(member: &[u8], footer: Footer, digest: &Digest) -> Result<Contents, 
         return Err(broken(WHAT, "it does not hold stargz.index.json alone"));
     };
     check("its table of contents", json, digest)?;
-    let mut contents = entries::parse(json, footer.toc)?;
+    let contents = entries::parse(json, footer.toc)?;
     if contents.lossy {
         return Err(TocError::Lacking("its table of contents can't hold a name that is not UTF-8".into()));
     }
-    // The table is a file of the layer's tar like any other, as every unpacker sees.
-    if entry.size > 0 {
-        let chunk =
-            Chunk { coff: footer.toc, cend: footer.start, skip: entry.offset, len: entry.size, digest: *digest };
-        contents.push(entry, chunk);
+    let chunk = Chunk { coff: footer.toc, cend: footer.start, skip: entry.offset, len: entry.size, digest: *digest };
+    Ok((contents, (entry, chunk)))
+}
+
+/// The last stream of data before the table: what [`is_in_the_tar`] needs. All of the layer before the table if it has no data.
+pub fn last_stream(contents: &Contents, footer: Footer) -> Result<Range<u64>, TocError> {
+    let start = contents.chunks.last().map_or(0, |chunk| chunk.coff);
+    if footer.toc.saturating_sub(start) > MAX_STORED {
+        let value = footer.toc.saturating_sub(start);
+        return Err(TocError::TooLarge { what: "the last chunk, compressed,", value, limit: MAX_STORED });
     }
-    Ok(contents)
+    Ok(start..footer.toc)
+}
+
+/// Whether the tar goes on up to the table, so that unpackers see the table as a file; else the tar has ended before it. `stream`: the
+/// layer's bytes of [`last_stream`]. No digest covers the bytes between the last chunk and the table; all that they decide is this.
+pub fn is_in_the_tar(contents: &Contents, stream: &[u8]) -> Result<bool, TocError> {
+    const WHAT: &str = "the end of its tar";
+    let plain = inflate_whole(Compression::Gzip, stream, MAX_TAIL);
+    let plain = plain.map_err(|error: InflateError| broken(WHAT, error.to_string()))?;
+    let data = contents.chunks.last().map_or(0, |chunk| chunk.skip + chunk.len);
+    let last = contents.entries.iter().rfind(|entry| entry.kind == EntryKind::File && entry.size > 0);
+    let padding = last.map_or(0, |entry| entry.size.wrapping_neg() % 512);
+    let rest = usize::try_from(data + padding).ok().and_then(|at| plain.get(at..));
+    let rest = rest.ok_or_else(|| broken(WHAT, "the last chunk is shorter than its table says"))?;
+    let mut walker = Walker::new();
+    walker.push(rest, &mut |_| {}).map_err(|error| broken(WHAT, error.to_string()))?;
+    Ok(!walker.has_ended())
 }

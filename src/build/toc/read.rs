@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::{Contents, TocError, estargz, zstd_chunked};
+use super::{TocError, estargz, zstd_chunked};
 use crate::archive::BlobTable;
 use crate::build::layer::Bar;
 use crate::build::progress::Progress;
@@ -76,15 +76,24 @@ async fn read(
 ) -> Result<Scanned, Failure> {
     let (digest, size) = (layer.digest, layer.size);
     let what = format!("tables of layer {}", &digest.hex()[..12]);
-    let parse: Box<dyn FnOnce() -> Result<(Contents, Compression), TocError> + Send> = match kind? {
+    let (contents, compression) = match kind? {
         Kind::EStargz(toc) => {
             let tail = size.min((size / TAIL_PART).clamp(estargz::FOOTER_LEN as u64, TAIL));
             let end = layer.source.read_range(size - tail..size).await?;
             let footer = estargz::footer(&end, size)?;
             let bar = Bar::begin(progress, &what, footer.start - footer.toc);
             let member = with_tail(layer, footer.toc..footer.start, &end).await?;
+            let (contents, (entry, chunk)) = aside(move || estargz::open(&member, footer, &toc)).await?;
+            let stream = with_tail(layer, estargz::last_stream(&contents, footer)?, &end).await?;
             bar.advance(footer.start - footer.toc);
-            Box::new(move || Ok((estargz::open(&member, footer, &toc)?, Compression::Gzip)))
+            let with_table = move || {
+                let mut contents = contents;
+                if estargz::is_in_the_tar(&contents, &stream)? {
+                    contents.push(entry, chunk);
+                }
+                Ok(contents)
+            };
+            (aside(with_table).await?, Compression::Gzip)
         }
         Kind::ZstdChunked(positions) => {
             let split = positions.tar_split.map(|piece| piece.range());
@@ -99,25 +108,26 @@ async fn read(
             };
             let (table, split) = futures::future::try_join(table, split).await?;
             bar.advance(total);
-            Box::new(move || Ok((zstd_chunked::open(&positions, &table, split.as_deref())?, Compression::Zstd)))
+            (aside(move || zstd_chunked::open(&positions, &table, split.as_deref())).await?, Compression::Zstd)
         }
     };
-    // Some 100 MB of JSON at worst: not on the runtime's threads.
-    let work = tokio::task::spawn_blocking(move || {
-        let (contents, compression) = parse()?;
-        let table = contents.table(digest, compression, size, diff_id)?;
-        Ok::<_, TocError>(Scanned { entries: contents.entries, table })
-    });
-    Ok(work.await.map_err(|_| Failure::Abandoned)??)
+    let table = contents.table(digest, compression, size, diff_id)?;
+    Ok(Scanned { entries: contents.entries, table })
 }
 
-/// The bytes of `range`, which ends within `tail`, the layer's last bytes.
+/// Parses off the runtime's threads: there may be 64 MiB of JSON.
+async fn aside<T: Send + 'static>(parse: impl FnOnce() -> Result<T, TocError> + Send + 'static) -> Result<T, Failure> {
+    Ok(tokio::task::spawn_blocking(parse).await.map_err(|_| Failure::Abandoned)??)
+}
+
+/// The bytes of `range` of a layer, the last bytes of which are here.
 async fn with_tail(layer: &LayerSource, range: Range<u64>, tail: &Bytes) -> Result<Bytes, SourceError> {
     let start = layer.size - tail.len() as u64;
-    let end = (range.end - start) as usize;
+    let here = range.start.max(start) - start..range.end.max(start) - start;
+    let here = tail.slice(here.start as usize..here.end as usize);
     if range.start >= start {
-        return Ok(tail.slice((range.start - start) as usize..end));
+        return Ok(here);
     }
-    let head = layer.source.read_range(range.start..start).await?;
-    Ok([&head[..], &tail[..end]].concat().into())
+    let head = layer.source.read_range(range.start..range.end.min(start)).await?;
+    Ok(if here.is_empty() { head } else { [&head[..], &here[..]].concat().into() })
 }
