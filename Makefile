@@ -2,14 +2,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build image test soak interop charts manifests bench lint fmt fuzz
+.PHONY: help demo build image test soak interop charts manifests bench bench-sweep lint fmt fuzz
 
 # What is missing is installed, and said; with everything there it takes a moment.
 build-env = environment=$$(.ci/setup build); eval "$$environment"
 test-env = environment=$$(.ci/setup test); eval "$$environment"
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: ## build (release) and show it all on this machine: no cluster, server or configuration
 	@$(build-env); binary=$$(.ci/release); "$$binary" demo
@@ -36,7 +36,10 @@ manifests: ## write manifests/ and docs/helm-values.md anew from the chart
 	@$(test-env); CLIP_UPDATE=1 .ci/with-helm cargo test --locked --test install
 
 bench: ## the benchmarks
-	@$(test-env); cargo bench --locked
+	@$(test-env); cargo bench --locked --bench inflate --bench cache --bench mounted
+
+bench-sweep: ## which span size? a numpy image over a shaped link (takes minutes, packages from Debian and PyPI)
+	@$(test-env); cargo bench --locked --bench sweep
 
 lint: ## format, clippy, licences
 	@$(build-env); cargo fmt --all --check; cargo clippy --all-targets --locked -- -D warnings; \

@@ -144,8 +144,11 @@ fn reference(dir: &Path) -> Option<PathBuf> {
 
 fn index_build(image: &Image, reference: Option<&Path>, dir: &Path) {
     let out = dir.join("out.clip");
-    let ours =
-        || run(Command::new(env!("CARGO_BIN_EXE_clip-csi")).args(["-q", "index", &image.reference, "-o"]).arg(&out));
+    let ours = || {
+        run(Command::new(env!("CARGO_BIN_EXE_clip-csi"))
+            .args(["-q", "index", "--no-cache", &image.reference, "-o"])
+            .arg(&out))
+    };
     match reference {
         Some(reference) => {
             let theirs = || run(Command::new(reference).args(["index", &image.reference]).arg(dir.join("go.clip")));

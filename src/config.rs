@@ -22,6 +22,8 @@ const MIN_CACHE_BYTES: u64 = 64 << 20;
 const MIN_ARCHIVE_BYTES: u64 = 64 << 20;
 /// Span sizes in KiB that make sense: below, the table outgrows its use; above, most of what is fetched is not wanted.
 const SPAN_KIB: std::ops::RangeInclusive<u64> = 64..=16384;
+/// Layers at a time that make sense; beyond, each CPU would hold dozens of half-read layers.
+const INDEX_CONCURRENCY_MAX: usize = 256;
 /// Distances in MiB of the checkpoints for the Go module.
 const CHECKPOINT_MIB: std::ops::RangeInclusive<u64> = 1..=1024;
 
@@ -304,6 +306,10 @@ impl Config {
         if !images.span_kib.is_power_of_two() || !SPAN_KIB.contains(&images.span_kib) {
             return invalid("imageService.spanKib", images.span_kib, "write a power of two from 64 to 16384");
         }
+        if images.index_concurrency > INDEX_CONCURRENCY_MAX {
+            let remedy = "write a number from 1 to 256, or 0 for one layer per CPU";
+            return invalid("imageService.indexConcurrency", images.index_concurrency as u64, remedy);
+        }
         if !CHECKPOINT_MIB.contains(&images.checkpoint_mib) {
             return invalid("imageService.checkpointMib", images.checkpoint_mib, "write a number from 1 to 1024");
         }
@@ -455,6 +461,7 @@ mod tests {
             ("imageService: { spanKib: 1000 }", "imageService.spanKib", "1000"),
             ("imageService: { spanKib: 32 }", "imageService.spanKib", "32"),
             ("imageService: { checkpointMib: 0 }", "imageService.checkpointMib", "0"),
+            ("imageService: { indexConcurrency: 300 }", "imageService.indexConcurrency", "300"),
             ("cache: { dir: /a/../b }", "cache.dir", "/a/../b"),
             ("cache: { maxBytes: 1000 }", "cache.maxBytes", "1000"),
             ("cache: { highWatermark: 101 }", "cache.highWatermark", "101"),

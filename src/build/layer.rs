@@ -1,5 +1,6 @@
 //! One pass over one layer: download, inflate, hash and tar walk overlap.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
@@ -9,19 +10,21 @@ use futures::{StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 
 use super::BuildError;
-use super::output::io_error;
+use super::artifacts::Artifact;
+use super::indexing::Indexing;
+use super::output::{blocking, io_error};
 use super::progress::Progress;
 use super::tar::{TarEntry, Walker};
 use super::toc;
 use crate::archive::BlobTable;
 use crate::inflate::Indexer;
-use crate::source::{LayerSource, ResolvedImage};
+use crate::source::{LayerSource, ResolvedImage, Scope};
 use crate::units::{Compression, Digest};
 
 /// Pieces of a layer that wait for the worker; a piece is what the source gives at once.
 const QUEUE: usize = 8;
-/// Layers in work at a time. Inflating one layer is serial; more than two would multiply memory, not speed.
-const PARALLEL: usize = 2;
+/// Layers of one image that are looked at or wait for their turn; how many are streamed is [`Indexing`]'s to say.
+const BEGUN: usize = 64;
 /// Enough bytes to tell a gzip member and a zstd frame from a tar header.
 const MAGIC_LEN: usize = 4;
 
@@ -49,13 +52,15 @@ pub(super) fn media_type(media_type: &str) -> (Option<Compression>, bool) {
     (foreign.or(Compression::of_media_type(media_type)), foreign.is_some())
 }
 
-/// Scans all layers of an image, [`PARALLEL`] at a time, each distinct one once. The scans of the distinct ones, and which of them
-/// each layer is. `tables`: a layer's own table of contents will do instead of a pass over it. `spool`: makes a file to keep an uncompressed layer in.
+/// Scans all layers of an image, each distinct one once, the largest first. The scans of the distinct ones in the image's order, and
+/// which of them each layer is. `tables`: a layer's own table of contents will do instead of a pass over it. `spool`: makes a file to
+/// keep an uncompressed layer in; without it, a scan that was kept earlier will do.
 pub(super) async fn scan_all(
     image: &ResolvedImage,
     diff_ids: &[Digest],
     span_size: u64,
     tables: bool,
+    indexing: &Indexing,
     spool: Option<&(dyn Fn() -> Result<File, BuildError> + Sync)>,
     progress: &dyn Progress,
 ) -> Result<(Vec<Scan>, Vec<usize>), BuildError> {
@@ -73,33 +78,86 @@ pub(super) async fn scan_all(
         }
         order.push(number);
     }
-    let scans = futures::stream::iter(distinct)
-        .map(|(layer, diff_id)| async move {
-            if tables && let Some(toc::Scanned { entries, table }) = toc::scan(&layer, diff_id, progress).await {
-                return Ok(Scan { entries, table, spool: None });
+    let mut largest_first: Vec<usize> = (0..distinct.len()).collect();
+    largest_first.sort_by_key(|number| Reverse(distinct[*number].0.size));
+    let mut scans: Vec<Option<Scan>> = distinct.iter().map(|_| None).collect();
+    let mut work = futures::stream::iter(largest_first)
+        .map(|number| {
+            let (layer, diff_id) = &distinct[number];
+            async move {
+                if tables && let Some(toc::Scanned { entries, table }) = toc::scan(layer, *diff_id, progress).await {
+                    return Ok((number, Scan { entries, table, spool: None }));
+                }
+                let bar = Bar::begin(progress, &format!("layer {}", &layer.digest.hex()[..12]), layer.size);
+                let scan = match spool {
+                    Some(spool) => scan(layer, *diff_id, span_size, indexing, Some(spool), &bar).await?,
+                    None => kept_or_scan(layer, *diff_id, span_size, indexing, &image.scope, &bar).await?,
+                };
+                Ok::<_, BuildError>((number, scan))
             }
-            let spool = spool.map(|make| make()).transpose()?;
-            scan(&layer, diff_id, span_size, spool, progress).await
         })
-        .buffered(PARALLEL)
-        .try_collect()
-        .await?;
-    Ok((scans, order))
+        .buffer_unordered(BEGUN);
+    while let Some((number, scan)) = work.try_next().await? {
+        scans[number] = Some(scan);
+    }
+    drop(work);
+    Ok((scans.into_iter().flatten().collect(), order))
 }
 
-/// One pass over a layer.
+/// What an earlier build found, else a pass over the layer whose result is kept.
+async fn kept_or_scan(
+    layer: &LayerSource,
+    diff_id: Digest,
+    span_size: u64,
+    indexing: &Indexing,
+    scope: &Scope,
+    bar: &Bar<'_>,
+) -> Result<Scan, BuildError> {
+    let Some(artifacts) = &indexing.artifacts else {
+        return scan(layer, diff_id, span_size, indexing, None, bar).await;
+    };
+    let (own, public) =
+        (artifacts.path(&layer.digest, span_size, scope), artifacts.path(&layer.digest, span_size, &Scope::Public));
+    // Builds that want the same layer at the same time: one streams it, the others find what it has kept.
+    let turn = artifacts.turn(&own);
+    let _turn = turn.lock().await;
+    let (from, layer_digest, path) = (artifacts.clone(), layer.digest, own.clone());
+    let found = blocking(move || {
+        let other = || if path == public { None } else { from.load(&public, &layer_digest) };
+        Ok(from.load(&path, &layer_digest).or_else(other))
+    });
+    if let Some(Artifact { entries, table }) = found.await? {
+        check(layer, &table, diff_id)?;
+        bar.advance(layer.size);
+        return Ok(Scan { entries, table, spool: None });
+    }
+    let Scan { entries, table, .. } = scan(layer, diff_id, span_size, indexing, None, bar).await?;
+    let to = artifacts.clone();
+    blocking(move || {
+        let artifact = Artifact { entries, table };
+        to.keep(&own, &artifact);
+        let Artifact { entries, table } = artifact;
+        Ok(Scan { entries, table, spool: None })
+    })
+    .await
+}
+
+/// One pass over a layer, when its turn has come.
 async fn scan(
     layer: &LayerSource,
     diff_id: Digest,
     span_size: u64,
-    spool: Option<File>,
-    progress: &dyn Progress,
+    indexing: &Indexing,
+    spool: Option<&(dyn Fn() -> Result<File, BuildError> + Sync)>,
+    bar: &Bar<'_>,
 ) -> Result<Scan, BuildError> {
-    let bar = Bar::begin(progress, &format!("layer {}", &layer.digest.hex()[..12]), layer.size);
     let bad = |detail: String| BuildError::BadLayer { layer: layer.digest, detail };
+    // The semaphore is never closed.
+    let _permit = indexing.permits.acquire().await.ok();
+    let spool = spool.map(|make| make()).transpose()?;
     let (feed, inbox) = mpsc::channel(QUEUE);
     let worker = tokio::task::spawn_blocking(move || Worker::new(span_size, spool).run(inbox));
-    let fed = feed_layer(layer, feed, &bar).await;
+    let fed = feed_layer(layer, feed, bar).await;
     let worked = worker.await.map_err(|error| BuildError::Io {
         what: format!("the worker for layer {}", layer.digest),
         detail: error.to_string(),
@@ -111,15 +169,22 @@ async fn scan(
         Failure::Spool(error) => io_error("write a layer to a temporary file")(error),
         Failure::Abandoned => bad("the build was abandoned".into()),
     })?;
-    if scan.table.digest != layer.digest {
-        let found = scan.table.digest;
-        return Err(bad(format!("{} serves bytes with the digest {found}; pull it again", layer.source.describe())));
-    }
-    if scan.table.diff_id != diff_id {
-        let found = scan.table.diff_id;
-        return Err(bad(format!("uncompressed it has the digest {found}, the image's config says {diff_id}")));
-    }
+    check(layer, &scan.table, diff_id)?;
     Ok(scan)
+}
+
+/// The layer is the one that the manifest names and the configuration describes.
+fn check(layer: &LayerSource, table: &BlobTable, diff_id: Digest) -> Result<(), BuildError> {
+    let bad = |detail: String| Err(BuildError::BadLayer { layer: layer.digest, detail });
+    if table.digest != layer.digest {
+        let found = table.digest;
+        return bad(format!("{} serves bytes with the digest {found}; pull it again", layer.source.describe()));
+    }
+    if table.diff_id != diff_id {
+        let found = table.diff_id;
+        return bad(format!("uncompressed it has the digest {found}, the image's config says {diff_id}"));
+    }
+    Ok(())
 }
 
 /// Hands the layer's bytes to the worker; ends early where the worker has.

@@ -1,9 +1,11 @@
 //! Making archives: v1 from a directory or an image, v2 from an image; and the store that they are kept in.
 
+mod artifacts;
 mod bundle;
 mod data_region;
 mod dir;
 mod image_config;
+mod indexing;
 mod layer;
 pub mod merge;
 mod output;
@@ -20,11 +22,14 @@ mod v1;
 mod v2;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::source::{ResolvedImage, SourceError};
 use crate::units::Digest;
 use progress::Progress;
 
+pub use artifacts::Artifacts;
+pub use indexing::Indexing;
 pub use v1::write_remote_index;
 
 /// What can go wrong in a build.
@@ -87,6 +92,9 @@ impl BuildError {
     }
 }
 
+/// Uncompressed bytes per span, in KiB, where nothing else is asked for: found by measurement, see docs/performance.md.
+pub const DEFAULT_SPAN_KIB: u64 = 2048;
+
 /// Options of a build.
 #[derive(Debug, Clone)]
 pub struct BuildOptions {
@@ -98,11 +106,19 @@ pub struct BuildOptions {
     pub tables_of_contents: bool,
     /// What the archive says of where its layers lie, where that differs from where they were read.
     pub store_as: Option<crate::source::ImageRef>,
+    /// What builds share. Default: one layer per CPU at a time, nothing kept.
+    pub indexing: Arc<Indexing>,
 }
 
 impl Default for BuildOptions {
     fn default() -> Self {
-        Self { span_size: 1 << 20, checkpoint_mib: 2, tables_of_contents: true, store_as: None }
+        Self {
+            span_size: DEFAULT_SPAN_KIB << 10,
+            checkpoint_mib: 2,
+            tables_of_contents: true,
+            store_as: None,
+            indexing: Arc::default(),
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::store::ArchiveStore;
-use super::{BuildError, BuildOptions, archive_image, index_image};
+use super::{Artifacts, BuildError, BuildOptions, DEFAULT_SPAN_KIB, Indexing, archive_image, index_image};
 use crate::archive::Version;
 use crate::metrics::metrics;
 use crate::source::{Credentials, ImageRef, Location, ResolvedImage, Scope, SourceError, Sources};
@@ -39,10 +39,14 @@ pub struct ImageServiceConfig {
     /// A store shared by nodes and controller: `file:///dir`, `s3://bucket/prefix[?endpoint=…]`, `oci://host/repository`, or
     /// `referrer` (beside each image). Default: none.
     pub archive_store: Option<String>,
-    /// Uncompressed bytes per span, in KiB. Default 1024.
+    /// Uncompressed bytes per span, in KiB. Default [`DEFAULT_SPAN_KIB`].
     pub span_kib: u64,
     /// Distance in MiB of the checkpoints that the Go module reads. Default 2.
     pub checkpoint_mib: u64,
+    /// Layers that are streamed at a time, over all builds: what bounds their memory. Default 0: one per CPU.
+    pub index_concurrency: usize,
+    /// Limit in bytes of what is kept of each indexed layer, in `archive_dir`/layers. 0: nothing is kept. Default 1 GiB.
+    pub layer_cache_max_bytes: u64,
     /// Index layers that carry a table of contents (eStargz, zstd:chunked) by that alone. Default true.
     pub tables_of_contents: bool,
     /// Look for an index beside an image (a referrer in its repository) before one is built. Default true.
@@ -58,8 +62,10 @@ impl Default for ImageServiceConfig {
             archive_dir: "/var/lib/clip-csi/archives".into(),
             archive_max_bytes: 20 << 30,
             archive_store: None,
-            span_kib: 1024,
+            span_kib: DEFAULT_SPAN_KIB,
             checkpoint_mib: 2,
+            index_concurrency: 0,
+            layer_cache_max_bytes: 1 << 30,
             tables_of_contents: true,
             referrers: true,
             archive_grace_hours: 24,
@@ -144,6 +150,7 @@ struct Inner {
     sources: Sources,
     store: Option<ArchiveStore>,
     refs: RefRecords,
+    indexing: Arc<Indexing>,
     referrers: referrer::Misses,
     jobs: Mutex<HashMap<String, (Job, Arc<BuildProgress>)>>,
     pins: Mutex<HashMap<PathBuf, Weak<Pin>>>,
@@ -169,7 +176,10 @@ impl Provider {
         }
         let store = config.archive_store.as_deref().map(|url| ArchiveStore::open(url, sources.clone())).transpose()?;
         let refs = RefRecords::new(dir.join("refs"));
+        let limit = config.layer_cache_max_bytes;
+        let artifacts = (limit > 0).then(|| Artifacts::new(dir.join("layers"), limit));
         let inner = Inner {
+            indexing: Arc::new(Indexing::new(config.index_concurrency, artifacts)),
             config,
             sources,
             store,
@@ -379,6 +389,7 @@ impl Provider {
         let options = BuildOptions {
             span_size: config.span_kib << 10,
             checkpoint_mib: config.checkpoint_mib,
+            indexing: self.inner.indexing.clone(),
             tables_of_contents: config.tables_of_contents,
             ..BuildOptions::default()
         };

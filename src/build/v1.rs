@@ -73,7 +73,8 @@ pub(super) async fn archive_image(
     let beside = directory(out).to_owned();
     let spool =
         || tempfile::tempfile_in(&beside).map_err(io_error(format!("create a temporary file in {}", beside.display())));
-    let (scans, order) = layer::scan_all(image, &diff_ids, 64 << 20, false, Some(&spool), progress).await?;
+    let indexing = &options.indexing;
+    let (scans, order) = layer::scan_all(image, &diff_ids, 64 << 20, false, indexing, Some(&spool), progress).await?;
     metrics().v1_extract_seconds.observe(started.elapsed().as_secs_f64());
 
     let digests: Vec<Digest> = image.layers.iter().map(|layer| layer.digest).collect();

@@ -36,7 +36,8 @@ pub(super) async fn index_image(
     let config = ImageConfig::parse(image)?;
     let diff_ids = config.diff_ids(image)?;
     let tables = options.tables_of_contents;
-    let (scans, order) = layer::scan_all(image, &diff_ids, options.span_size, tables, None, progress).await?;
+    let (scans, order) =
+        layer::scan_all(image, &diff_ids, options.span_size, tables, &options.indexing, None, progress).await?;
 
     let reference = format!("{}@{}", place.tag.as_deref().unwrap_or("latest"), image.manifest_digest);
     let mut storage = OciStorage {

@@ -8,7 +8,8 @@ use std::thread::JoinHandle;
 
 use sha2::{Digest as _, Sha256};
 
-use super::window::{self, Marker};
+use super::twin::Twin;
+use super::window::{GROUP, Marker, Packer, Sparse};
 use crate::units::Digest;
 
 /// Bytes per buffer: small enough for the second-level cache, which inflate and both hashes share.
@@ -22,7 +23,8 @@ pub(super) enum Job {
     Stored(Vec<u8>),
     /// Uncompressed bytes: the first `len` of `buffer`, with the offsets in it at which spans end.
     Plain { buffer: Vec<u8>, len: usize, cuts: Vec<usize> },
-    /// The next window, with the deflate data after it (empty: too long, so the window stays whole).
+    /// The next window (empty: nothing was made from it), with the deflate data after it (empty: too long, so the window
+    /// stays whole).
     Window { window: Vec<u8>, bits: u8, follows: Vec<u8> },
 }
 
@@ -34,18 +36,18 @@ pub(super) struct Digests {
     pub(super) plain: Digest,
     /// Of each span.
     pub(super) spans: Vec<Digest>,
-    /// Packed windows in the order they came.
-    pub(super) windows: Vec<Vec<u8>>,
+    /// Packed windows, and where each lies, in the order they came; length 0: nothing is needed of it.
+    pub(super) windows: Vec<u8>,
+    pub(super) places: Vec<(u64, u32)>,
 }
 
 #[derive(Default)]
 struct Digester {
     stored: Sha256,
-    plain: Sha256,
-    span: Sha256,
+    /// Of the uncompressed blob, and of the open span.
+    plain: Twin,
     spans: Vec<Digest>,
-    windows: Vec<Vec<u8>>,
-    marker: Option<Marker>,
+    windows: Windows,
 }
 
 impl Digester {
@@ -57,39 +59,80 @@ impl Digester {
                 Some(buffer)
             }
             Job::Plain { buffer, len, cuts } => {
-                self.plain.update(&buffer[..len]);
                 let mut from = 0;
                 for cut in cuts {
-                    self.span.update(&buffer[from..cut]);
-                    self.spans.push(Digest(self.span.finalize_reset().into()));
+                    self.plain.update(&buffer[from..cut]);
+                    self.spans.push(self.plain.cut());
                     from = cut;
                 }
-                self.span.update(&buffer[from..len]);
+                self.plain.update(&buffer[from..len]);
                 Some(buffer)
             }
-            Job::Window { mut window, bits, follows } => {
-                if !follows.is_empty() {
-                    if self.marker.is_none() {
-                        self.marker = Marker::new();
-                    }
-                    // A window that can't be thinned stays whole: larger, never wrong.
-                    if let Some(marker) = &mut self.marker {
-                        marker.thin(&mut window, &follows, bits);
-                    }
-                }
-                self.windows.push(window::pack(&window));
+            Job::Window { window, bits, follows } => {
+                self.windows.add(&window, bits, &follows);
                 None
             }
         }
     }
 
-    fn finish(self) -> Digests {
+    fn finish(mut self) -> Digests {
+        self.windows.close();
         Digests {
             stored: Digest(self.stored.finalize().into()),
-            plain: Digest(self.plain.finalize().into()),
+            plain: self.plain.finish(),
             spans: self.spans,
-            windows: self.windows,
+            windows: self.windows.packed,
+            places: self.windows.places,
         }
+    }
+}
+
+/// Thins windows and packs them in groups.
+#[derive(Default)]
+struct Windows {
+    tools: Option<(Marker, Packer)>,
+    /// The open group: windows, and their numbers in `places`.
+    group: Vec<Sparse>,
+    numbers: Vec<usize>,
+    packed: Vec<u8>,
+    places: Vec<(u64, u32)>,
+}
+
+impl Windows {
+    fn add(&mut self, window: &[u8], bits: u8, follows: &[u8]) {
+        let number = self.places.len();
+        self.places.push((0, 0));
+        if self.tools.is_none() {
+            self.tools = Marker::new().map(|marker| (marker, Packer::new()));
+        }
+        // A window that can't be thinned stays whole: larger, never wrong.
+        let thin = match &mut self.tools {
+            Some((marker, _)) if !follows.is_empty() => marker.thin(window, follows, bits),
+            _ => None,
+        };
+        let sparse = thin.unwrap_or_else(|| Sparse::whole(window));
+        if !sparse.is_empty() {
+            self.group.push(sparse);
+            self.numbers.push(number);
+        }
+        if self.group.len() == GROUP {
+            self.close();
+        }
+    }
+
+    fn close(&mut self) {
+        if self.group.is_empty() {
+            return;
+        }
+        let packed = match &mut self.tools {
+            Some((_, packer)) => packer.pack(&self.group),
+            None => Packer::new().pack(&self.group),
+        };
+        for (nth, number) in self.numbers.drain(..).enumerate() {
+            self.places[number] = ((self.packed.len() + nth) as u64, (packed.len() - nth) as u32);
+        }
+        self.packed.extend_from_slice(&packed);
+        self.group.clear();
     }
 }
 

@@ -216,9 +216,13 @@ impl Gzip {
             .thinning
             .take_if(|t| step.stop == Stop::End || walk.track.uoff() >= t.until || t.follows.len() > FOLLOWS_MAX)
         {
-            let Thinning { window, bits, mut follows, .. } = thinning;
+            let Thinning { mut window, bits, mut follows, until } = thinning;
             if follows.len() > FOLLOWS_MAX {
-                follows = Vec::new();
+                follows.clear();
+            }
+            // The stream ended right here: no span will start at this place.
+            if walk.track.uoff() == until - WINDOW as u64 {
+                window.clear();
             }
             walk.track.window(window, bits, follows);
         }

@@ -22,6 +22,7 @@ mod digests;
 mod index;
 mod resume;
 mod track;
+mod twin;
 pub mod window;
 mod zstd_frame;
 mod zstream;

@@ -183,29 +183,18 @@ impl Track {
         }
         let failed = |detail: &str| InflateError::Corrupt { compression, at: clen, detail: detail.into() };
         let found = self.side.finish().ok_or_else(|| failed("the hashing thread died"))?;
-        if found.spans.len() != self.cuts.len() || found.windows.len() != self.windows {
+        if found.spans.len() != self.cuts.len() || found.places.len() != self.windows {
             return Err(failed("spans and digests do not agree"));
         }
-        let mut windows = Vec::new();
-        let mut places: Vec<Option<(u64, u32)>> = vec![None; found.windows.len()];
         let mut spans = Vec::with_capacity(self.cuts.len());
         for (cut, digest) in self.cuts.iter().zip(found.spans) {
-            // Spans of one restart point share one window; a restart point that no span uses leaves none.
-            let window = match cut.restart.window {
-                None => (0, 0),
-                Some(i) => *places[i].get_or_insert_with(|| match found.windows[i].as_slice() {
-                    [] => (0, 0),
-                    packed => {
-                        let at = windows.len() as u64;
-                        windows.extend_from_slice(packed);
-                        (at, packed.len() as u32)
-                    }
-                }),
-            };
+            // Spans of one restart point share one window.
+            let window = cut.restart.window.map_or((0, 0), |number| found.places[number]);
             let Restart { coff, bits, starts_stream, .. } = cut.restart;
             spans.push(Span { uoff: cut.uoff, coff, cend: cut.cend, bits, starts_stream, window, digest });
         }
         let digest: Digest = if compression == Compression::None { found.plain } else { found.stored };
+        let windows = found.windows;
         Ok(BlobTable { digest, compression, clen, ulen: self.uoff, diff_id: found.plain, spans, windows, chunks: None })
     }
 }

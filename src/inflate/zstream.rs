@@ -1,4 +1,4 @@
-//! A safe face for zlib's inflate: the one file of this module with `unsafe` in it.
+//! A safe face for zlib's inflate: with [`super::twin`], all of this module's `unsafe`.
 
 use std::ffi::CStr;
 
