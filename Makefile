@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build test soak interop bench lint fmt fuzz
+.PHONY: help demo build image test soak interop charts manifests bench lint fmt fuzz
 
 # What is missing is installed, and said; with everything there it takes a moment.
 build-env = environment=$$(.ci/setup build); eval "$$environment"
@@ -12,19 +12,28 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: ## build (release) and show it all on this machine: no cluster, server or configuration
-	@$(build-env); cargo build --release --locked --bin clip-csi; "$$CARGO_TARGET_DIR/release/clip-csi" demo
+	@$(build-env); binary=$$(.ci/release); "$$binary" demo
 
-build: ## build the release binary; says where it is
-	@$(build-env); cargo build --release --locked --bin clip-csi; echo "$$CARGO_TARGET_DIR/release/clip-csi"
+build: ## build the release binary (static); says where it is
+	@$(build-env); .ci/release
+
+image: ## make the container image as an OCI archive (IMAGE=name:tag OUT=file.tar); no Docker is needed
+	@$(build-env); .ci/image "$(IMAGE)" "$(OUT)"
 
 test: ## all tests; installs what they need (as root, with apt), lists what was skipped
-	@$(test-env); .ci/test
+	@$(test-env); .ci/with-helm .ci/test
 
 soak: ## the property tests with other inputs each time, many of them (PROPTEST_CASES, default 20000)
 	@$(test-env); PROPTEST_RNG_SEED=$$(date +%s%N | cut -c8-) PROPTEST_CASES=$${PROPTEST_CASES:-20000} cargo test --locked --lib
 
 interop: ## only the tests against the Go module: our archives read by it, its by us
 	@$(test-env); .ci/test --test interop
+
+charts: ## only the tests of chart, manifests and their documentation
+	@$(test-env); .ci/with-helm .ci/test --test install
+
+manifests: ## write manifests/ and docs/helm-values.md anew from the chart
+	@$(test-env); CLIP_UPDATE=1 .ci/with-helm cargo test --locked --test install
 
 bench: ## the benchmarks
 	@$(test-env); cargo bench --locked

@@ -17,6 +17,7 @@
 //! | [`build`] | making archives: v1 from a directory or image, v2 from an image; the archive store |
 //! | [`fs`] | the read-only filesystem over an opened archive, and its kernel adapter |
 //! | [`mount`] | shared mounts, bind mounts, journal and recovery |
+//! | [`k8s`] | the Kubernetes API |
 //! | [`csi`] | the CSI and registration services |
 //! | [`telemetry`], [`metrics`] | logs, spans, `/metrics`, `/healthz`, `/readyz` |
 //! | [`config`] | file, environment and flags, composed and validated |
@@ -30,6 +31,7 @@ pub mod config;
 pub mod csi;
 pub mod fs;
 pub mod inflate;
+pub mod k8s;
 pub mod metrics;
 pub mod mount;
 pub mod source;

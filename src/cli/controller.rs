@@ -24,7 +24,7 @@ pub(super) struct ControllerArgs {
 
 impl ControllerArgs {
     pub(super) async fn run(self) -> Result<(), CliError> {
-        let config = self.service.configure(|_| {})?;
+        let Some(config) = self.service.configure(|_| {})? else { return Ok(()) };
         let sources = Sources::new(Policy { trusted: false, config: config.sources.clone() })?;
         let provider = Provider::new(config.image_service.clone(), sources)?;
         let volumes = provider.store().map(|store| Arc::new(store.clone()) as Arc<dyn Volumes>);

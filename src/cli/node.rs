@@ -9,7 +9,8 @@ use super::CliError;
 use super::service::{ServiceArgs, serve, stopped};
 use crate::build::provider::Provider;
 use crate::cache::Cache;
-use crate::csi::{ClipVersion, NodeContext, Readiness, serve_node};
+use crate::csi::{ClipVersion, NodeContext, Readiness, serve_node, unregister};
+use crate::k8s::release::Release;
 use crate::mount::MountManager;
 use crate::source::{Policy, Sources};
 
@@ -33,11 +34,14 @@ pub(super) struct NodeArgs {
     /// csi.register=false: serve, but do not register with the kubelet
     #[arg(long, help_heading = "Configuration")]
     no_register: bool,
+    /// The DaemonSet that runs this plugin; where it is gone at SIGTERM, so is the registration with the kubelet
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "CLIP_CSI_DAEMON_SET")]
+    daemon_set: Option<String>,
 }
 
 impl NodeArgs {
     pub(super) async fn run(self) -> Result<(), CliError> {
-        let config = self.service.configure(|config| {
+        let configured = self.service.configure(|config| {
             if self.node_id.is_some() {
                 config.csi.node_id.clone_from(&self.node_id);
             }
@@ -46,6 +50,9 @@ impl NodeArgs {
             }
             config.csi.register &= !self.no_register;
         })?;
+        let Some(config) = configured else { return Ok(()) };
+        // Beside everything else: nothing waits for the API server.
+        let release = self.daemon_set.map(|name| tokio::spawn(async move { Release::find(&name).await }));
         let sources = Sources::new(Policy { trusted: false, config: config.sources.clone() })?;
         let cache = Cache::open(&config.cache)?;
         let provider = Provider::new(config.image_service.clone(), sources.clone())?;
@@ -58,6 +65,17 @@ impl NodeArgs {
             images: Arc::new(provider),
             readiness: readiness.clone(),
         };
-        serve(&config, readiness, serve_node(context, stopped())).await
+        serve(&config, readiness, serve_node(context, stopped())).await?;
+        let Some(release) = release.filter(|_| config.csi.register) else { return Ok(()) };
+        match release.await {
+            Ok(Ok(release)) if release.is_ending().await => {
+                let removed = unregister(&config.csi)?;
+                tracing::info!(removed, "the driver is being uninstalled: the kubelet forgets it");
+            }
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!("whether this is an uninstallation is not known: {error}"),
+            Err(error) => tracing::warn!("whether this is an uninstallation is not known: {error}"),
+        }
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! What both services share: flags over the configuration, telemetry, the end by a signal.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -36,11 +37,14 @@ pub(super) struct ServiceArgs {
     /// imageService.clipVersion: 0 or 1 builds v1, 2 builds v2
     #[arg(long, value_name = "N")]
     clip_version: Option<u32>,
+    /// Check the configuration, print what file, environment and flags make of it, and end
+    #[arg(long)]
+    print_config: bool,
 }
 
 impl ServiceArgs {
-    /// File, environment, flags, then `more`; validated; logging is on.
-    pub(super) fn configure(&self, more: impl FnOnce(&mut Config)) -> Result<Config, CliError> {
+    /// File, environment, flags, then `more`; validated; logging is on. `None`: it was to be printed only.
+    pub(super) fn configure(&self, more: impl FnOnce(&mut Config)) -> Result<Option<Config>, CliError> {
         let mut config = Config::load(self.config.as_deref())?;
         let set = |key: &mut String, flag: &Option<String>| {
             if let Some(value) = flag {
@@ -59,8 +63,13 @@ impl ServiceArgs {
         more(&mut config);
         config.follow_kubelet_dir();
         config.validate()?;
+        if self.print_config {
+            let text = serde_yaml_ng::to_string(&config).map_err(|e| CliError::Failed(e.to_string()))?;
+            std::io::stdout().write_all(text.as_bytes()).map_err(|e| CliError::output(&e))?;
+            return Ok(None);
+        }
         telemetry::init_service(&config.telemetry)?;
-        Ok(config)
+        Ok(Some(config))
     }
 }
 

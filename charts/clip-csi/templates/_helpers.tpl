@@ -18,14 +18,25 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
 {{- define "clip-csi.labels" -}}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-app.kubernetes.io/part-of: clip-csi
-{{ include "clip-csi.selector" . }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $labels := include "clip-csi.selector" . | fromYaml -}}
+{{- $_ := set $labels "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_") -}}
+{{- $_ := set $labels "app.kubernetes.io/version" .Chart.AppVersion -}}
+{{- $_ := set $labels "app.kubernetes.io/managed-by" .Release.Service -}}
+{{- $_ := set $labels "app.kubernetes.io/part-of" "clip-csi" -}}
+{{- mergeOverwrite $labels .Values.commonLabels | toYaml -}}
+{{- end -}}
+
+{{/* Of pods: nothing that changes with the chart, since another label means another pod, and that interrupts volumes. */}}
+{{- define "clip-csi.podLabels" -}}
+{{- $labels := include "clip-csi.selector" .root | fromYaml -}}
+{{- $_ := set $labels "app.kubernetes.io/part-of" "clip-csi" -}}
+{{- $_ := set $labels "app.kubernetes.io/component" .component -}}
+{{- mergeOverwrite $labels .root.Values.commonLabels .labels | toYaml -}}
+{{- end -}}
+
+{{/* The labels of every object, and some more. Takes (dict "root" $ "labels" more). */}}
+{{- define "clip-csi.moreLabels" -}}
+{{- mergeOverwrite (include "clip-csi.labels" .root | fromYaml) (default dict .labels) | toYaml -}}
 {{- end -}}
 
 {{/* repository:tag or repository@digest. Takes (dict "image" … "tag" default tag). */}}

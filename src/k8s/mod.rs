@@ -1,0 +1,3 @@
+//! The Kubernetes API, as far as the driver asks it something.
+
+pub mod release;
