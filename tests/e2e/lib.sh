@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154,SC2016 # for scenarios; from run; for other shells
 # What scenarios are written with. Sourced by run, in a process of its own per scenario, with `set -euo pipefail`.
 #
 # From run: own_cluster (true: tests/kube's, whose inside can be looked at), work (a directory), image (what volumes show),
@@ -43,13 +43,16 @@ contains() { # what text part
   case $2 in *"$3"*) ;; *) fail "$1: «$3» is not in «$2»" ;; esac
 }
 
-# A pod with one inline volume at /image. Attributes are name=value; secret=NAME becomes nodePublishSecretRef.
+# A pod with one inline volume at /image. Attributes are name=value; of the pod itself: secret=NAME (nodePublishSecretRef),
+# restart=POLICY, propagation=KIND.
 pod() { # name shell-command attribute...
-  local name=$1 command=$2 attributes='' secret='' pair
+  local name=$1 command=$2 attributes='' secret='' restart=Never propagation=None pair
   shift 2
   for pair in "$@"; do
     case $pair in
       secret=*) secret="nodePublishSecretRef: {name: ${pair#*=}}" ;;
+      restart=*) restart=${pair#*=} ;;
+      propagation=*) propagation=${pair#*=} ;;
       *) attributes+="        ${pair%%=*}: \"${pair#*=}\""$'\n' ;;
     esac
   done
@@ -58,14 +61,14 @@ apiVersion: v1
 kind: Pod
 metadata: {name: $name, labels: {app: $name}}
 spec:
-  restartPolicy: Never
+  restartPolicy: $restart
   terminationGracePeriodSeconds: 1
   containers:
   - name: main
     image: $pod_image
     imagePullPolicy: IfNotPresent
     command: [sh, -c, '$command']
-    volumeMounts: [{name: image, mountPath: /image, mountPropagation: HostToContainer}]
+    volumeMounts: [{name: image, mountPath: /image, mountPropagation: $propagation}]
   volumes:
   - name: image
     csi:
@@ -127,19 +130,21 @@ bind_mounts() { our_mounts | grep -c '/pods/' || true; }
 no_mounts() { [ -z "$(our_mounts)" ]; }
 # Pid, in the machine's view, of the process `clip-csi node` or `clip-csi controller`.
 plugin_pid() { # node | controller
-  local pid ns
-  ns=$(readlink "/proc/$(cat "$KUBE_STATE/init.pid")/ns/uts")
+  local pid
   for pid in /proc/[0-9]*; do
     [ "$(tr '\0' ' ' < "$pid/cmdline" 2> /dev/null | cut -d' ' -f1,2 | sed 's,.*/,,')" = "clip-csi $1" ] || continue
     # Another cluster may be up, and this machine may run a plugin of its own.
-    grep -q "/$NODE/" "$pid/cgroup" && basename "$pid"
+    if grep -q "/$NODE/" "$pid/cgroup"; then basename "$pid"; fi
   done
-  : "$ns"
+  return 0
 }
-rss() { awk '/^VmRSS/ {print $2}' "/proc/$1/status"; }
+rss() { awk '/^VmRSS/ {print $2}' "/proc/$1/status"; } # pid: KiB
+
+# Seconds since the machine's start, the same in pods.
+uptime_now() { cut -d' ' -f1 /proc/uptime; }
 
 # --- what a volume shows, as text: one line per path (owner, mode, size, time, target, SHA-256), sorted. Runs on this machine
-# and in pods alike; directories have neither size nor time, since unpackers touch them.
+# and in pods alike, with busybox; directories have neither size nor time, since unpackers touch them.
 listing='export LC_ALL=C; cd "$0" && {
   find . -type d -exec stat -c "%n %a %u %g dir" {} +
   find . -type f -exec stat -c "%n %a %u %g %s %Y file" {} +
@@ -147,3 +152,10 @@ listing='export LC_ALL=C; cd "$0" && {
   find . ! -type d ! -type f ! -type l -exec stat -c "%n %a %u %g %t:%T special" {} +
   find . -type f -exec sha256sum {} +
 } | sort'
+# The same of a directory of this machine.
+list_here() { # directory
+  local tool
+  mkdir -p "$work/busybox"
+  for tool in sh find stat sort sha256sum; do ln -sf "$(command -v busybox)" "$work/busybox/$tool"; done
+  PATH=$work/busybox sh -c "$listing" "$1"
+}
