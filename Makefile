@@ -9,7 +9,7 @@ build-env = environment=$$(.ci/setup build); eval "$$environment"
 test-env = environment=$$(.ci/setup test); eval "$$environment"
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: ## build (release) and show it all on this machine: no cluster, server or configuration
 	@$(build-env); binary=$$(.ci/release); "$$binary" demo

@@ -62,6 +62,12 @@ fn the_same_binary_gives_the_same_bytes_and_the_image_holds_what_it_should() {
     );
     assert!(fs::read_to_string(rootfs.join("etc/nsswitch.conf")).unwrap().contains("hosts: files dns"));
     assert!(rootfs.join("tmp").is_dir() && rootfs.join("var/lib/clip-csi").is_dir());
+    let dockerfile = crate::read("Dockerfile");
+    for name in ["passwd", "group", "nsswitch.conf"] {
+        let text = fs::read_to_string(rootfs.join("etc").join(name)).unwrap().replace('\n', "\\n");
+        let line = format!("printf '{text}' > $root/etc/{name}");
+        assert!(dockerfile.contains(&line), "the Dockerfile makes another image: no {line}");
+    }
 }
 
 #[test]
