@@ -132,7 +132,8 @@ no_mounts() { [ -z "$(our_mounts)" ]; }
 plugin_pid() { # node | controller
   local pid
   for pid in /proc/[0-9]*; do
-    [ "$(tr '\0' ' ' < "$pid/cmdline" 2> /dev/null | cut -d' ' -f1,2 | sed 's,.*/,,')" = "clip-csi $1" ] || continue
+    [ -r "$pid/cmdline" ] || continue
+    [ "$(tr '\0' ' ' 2> /dev/null < "$pid/cmdline" | cut -d' ' -f1,2 | sed 's,.*/,,')" = "clip-csi $1" ] || continue
     # Another cluster may be up, and this machine may run a plugin of its own.
     if grep -q "/$NODE/" "$pid/cgroup"; then basename "$pid"; fi
   done

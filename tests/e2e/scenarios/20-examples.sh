@@ -37,7 +37,7 @@ for file in "$examples"/0*.yaml; do
   esac
   # Once more, with a container that lists everything.
   if [ "$pod" = deployment/clip-shared ]; then
-    kw exec $pod -- sh -c "$listing" /image > "$work/listing.txt"
+    kw exec "$pod" -- sh -c "$listing" /image > "$work/listing.txt"
   else
     kw delete "$pod" --timeout=60s > /dev/null
     render "$file" | k create --dry-run=client -o json -f - | "$e2e/listing.py" "$listing" | k apply -f - > /dev/null

@@ -4,7 +4,7 @@ needs_own_cluster
 eventually 60 'no mount is left of the scenarios before' no_mounts
 note "RSS at rest: node plugin $(rss "$(plugin_pid node)") KiB, controller $(rss "$(plugin_pid controller)") KiB"
 for n in {1..20}; do
-  pod "share-$n" "wc -c < /image/srv/large; $stay" image=$volume_image
+  pod "share-$n" "wc -c < /image/srv/large; $stay" image="$volume_image"
   echo ---
 done | k apply -f - > /dev/null
 since=$(now)

@@ -20,16 +20,16 @@ refused wrong-tag image="$registry/library/python:never"
 refused denied image="$private_registry/team/secret:1"
 refused wrong-password image="$private_registry/team/secret:1" secret=wrong
 refused unreachable image="$host_closed/team/app:1"
-refused misspelt imgae=$volume_image
+refused misspelt imgae="$volume_image"
 says wrong-image "$registry/library/nothing:1" 'not found'
 says wrong-tag "$registry/library/python:never" 'not found'
-says denied "$private_registry" nodePublishSecretRef
+says denied "$private_registry" 'add a pull secret'
 says wrong-password "$private_registry"
 says unreachable "$host_closed"
 says misspelt 'did you mean image?'
 pod allowed 'cat /image/etc/os-release' image="$private_registry/team/secret:1" secret=right | k apply -f - > /dev/null
 succeeded allowed 120
 if k get events -o json | grep -q 'secret-pw\|not-it'; then fail 'a password is in an event'; fi
-if k -n $namespace logs "$(node_pod)" | grep -q 'secret-pw\|not-it'; then fail 'a password is in the log'; fi
+if k -n "$namespace" logs "$(node_pod)" | grep -q 'secret-pw\|not-it'; then fail 'a password is in the log'; fi
 gone 30 allowed
 k delete secret wrong right > /dev/null

@@ -2,8 +2,8 @@
 # The node plugin is killed, and its pod is deleted: what running containers see, word for word; new containers have the volume;
 # pods that start meanwhile wait; the kubelet never forgets the driver.
 needs_own_cluster
-pod before "$stay" image=$volume_image restart=Always | k apply -f - > /dev/null
-pod following "$stay" image=$volume_image propagation=HostToContainer | k apply -f - > /dev/null
+pod before "$stay" image="$volume_image" restart=Always | k apply -f - > /dev/null
+pod following "$stay" image="$volume_image" propagation=HostToContainer | k apply -f - > /dev/null
 ready before following
 read_in() { kw exec "$1" -- cat "/image/$2" 2>&1; }
 restarts() { k get pod before -o jsonpath='{.status.containerStatuses[0].restartCount}'; }
@@ -17,7 +17,7 @@ trap 'kill $watch 2> /dev/null || true' EXIT
 came_back() { read_in following etc/passwd | grep -q '^root:'; }
 new_container_reads() { [ "$(restarts)" = "$1" ] && read_in before srv/one-name | grep -qx 'two names'; }
 check() { # what restart-count
-  pod "meanwhile-$2" 'cat /image/etc/os-release' image=$volume_image | k apply -f - > /dev/null
+  pod "meanwhile-$2" 'cat /image/etc/os-release' image="$volume_image" | k apply -f - > /dev/null
   succeeded "meanwhile-$2" 120
   if event_contains "meanwhile-$2" 'not found in the list of registered'; then fail "$1: a pod was refused: $(events_of "meanwhile-$2")"; fi
   note "$1: a pod that started meanwhile waited and ran"
@@ -36,7 +36,7 @@ check 'killed' 1
 [ "$(plugin_pid node)" != "$old" ] || fail 'the plugin was not killed'
 
 old=$(node_pod)
-k -n $namespace delete pod "$old" --wait=false > /dev/null
+k -n "$namespace" delete pod "$old" --wait=false > /dev/null
 check 'deleted' 2
 [ "$(node_pod)" != "$old" ] || fail 'the pod was not deleted'
 

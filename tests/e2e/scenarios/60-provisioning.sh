@@ -4,7 +4,7 @@ claim() { # name class
   printf 'apiVersion: v1\nkind: PersistentVolumeClaim\nmetadata: {name: %s}\nspec: {storageClassName: %s, accessModes: [ReadOnlyMany], resources: {requests: {storage: 1Gi}}}\n---\n' "$1" "$2"
 }
 class() { # name image
-  printf 'apiVersion: storage.k8s.io/v1\nkind: StorageClass\nmetadata: {name: %s}\nprovisioner: %s\nparameters: {image: "%s", clipVersion: "2"}\n---\n' "$1" $driver "$2"
+  printf 'apiVersion: storage.k8s.io/v1\nkind: StorageClass\nmetadata: {name: %s}\nprovisioner: %s\nparameters: {image: "%s", clipVersion: "2"}\n---\n' "$1" "$driver" "$2"
 }
 reader() { # name claim
   pod "$1" 'wc -c < /image/srv/large' | sed '/^  - name: image$/,$d'
@@ -12,7 +12,7 @@ reader() { # name claim
 }
 bound() { [ "$(k get pvc "$1" -o jsonpath='{.status.phase}')" = Bound ]; }
 records() { find "$work/s3/data/store/clip/volumes" -name '*.json' 2> /dev/null | wc -l; }
-{ class e2e-python $volume_image; class e2e-files "$registry/team/files:30000"; claim one e2e-python; claim two e2e-python; } | k apply -f - > /dev/null
+{ class e2e-python "$volume_image"; class e2e-files "$registry/team/files:30000"; claim one e2e-python; claim two e2e-python; } | k apply -f - > /dev/null
 before=$(records)
 for name in one two; do eventually 120 "claim $name is bound" bound $name; done
 same 'records of volumes in the store' $((before + 2)) "$(records)"
@@ -33,7 +33,7 @@ if $own_cluster; then
   kw delete pvc three --timeout=60s > /dev/null
 fi
 kw delete pvc one two --timeout=60s > /dev/null
-no_volumes() { ! k get pv -o jsonpath='{.items[*].spec.csi.driver}' | grep -q $driver; }
+no_volumes() { ! k get pv -o jsonpath='{.items[*].spec.csi.driver}' | grep -q "$driver"; }
 eventually 120 'the PersistentVolumes are deleted' no_volumes
 same 'records that are left' "$before" "$(records)"
 k delete storageclass e2e-python e2e-files > /dev/null

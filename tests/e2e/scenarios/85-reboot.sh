@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2154
 # A power cut: every process, mount and tmpfs of the node goes at once, its disk stays. Afterwards the pods read again.
 needs_own_cluster
-for n in 1 2; do pod "survivor-$n" "wc -c < /image/srv/large; $stay" image=$volume_image restart=Always; echo ---; done | k apply -f - > /dev/null
+for n in 1 2; do pod "survivor-$n" "wc -c < /image/srv/large; $stay" image="$volume_image" restart=Always; echo ---; done | k apply -f - > /dev/null
 ready survivor-1 survivor-2
 "$e2e/../kube/down" --keep
 [ -n "$(find "$KUBE_STATE/node" -name 'clip.csi.beam.cloud-reg.sock')" ] || fail 'nothing was left to start from'
