@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build image test soak interop charts manifests bench bench-sweep lint fmt fuzz
+.PHONY: help demo build image test sanity e2e soak interop charts manifests bench bench-sweep lint fmt fuzz
 
 # What is missing is installed, and said; with everything there it takes a moment.
 build-env = environment=$$(.ci/setup build); eval "$$environment"
@@ -22,6 +22,12 @@ image: ## make the container image as an OCI archive (IMAGE=name:tag OUT=file.ta
 
 test: ## all tests; installs what they need (as root, with apt), lists what was skipped
 	@$(test-env); .ci/with-helm .ci/test
+
+sanity: ## csi-sanity against node plugin and controller (root); skips are those of docs/csi-sanity.md
+	@environment=$$(.ci/setup kube); eval "$$environment"; tests/sanity/run
+
+e2e: ## a real Kubernetes, with kubectl: tests/e2e (root, or KUBECONFIG); SCENARIOS="NAME ..." for some
+	@environment=$$(.ci/setup kube); eval "$$environment"; tests/e2e/run $(SCENARIOS)
 
 soak: ## the property tests with other inputs each time, many of them (PROPTEST_CASES, default 20000)
 	@$(test-env); PROPTEST_RNG_SEED=$$(date +%s%N | cut -c8-) PROPTEST_CASES=$${PROPTEST_CASES:-20000} cargo test --locked --lib

@@ -3,6 +3,7 @@
 //! [`serve_node`] and [`serve_controller`] run until they are told to stop. Errors become gRPC codes in `status.rs` only;
 //! string maps become types in [`volume_context`] and `secrets.rs` only; work that outlives its call is `operations.rs`.
 
+mod authority;
 mod claim;
 pub mod client;
 mod collect;

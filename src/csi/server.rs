@@ -12,6 +12,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::{UnixListener, UnixStream};
+use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -22,6 +23,7 @@ use tracing::Instrument as _;
 use tracing::field::Empty;
 
 use super::CsiError;
+use super::authority::Tolerant;
 use super::controller::ControllerService;
 use super::identity::IdentityService;
 use super::node::NodeService;
@@ -124,7 +126,7 @@ pub(super) async fn answers(path: &Path) -> Result<(), CsiError> {
 
 /// Serves until `stop`; then accepts nothing more and waits for the calls in flight.
 pub(super) async fn serve(listener: UnixListener, services: Services, stop: CancellationToken) -> Result<(), CsiError> {
-    let incoming = UnixListenerStream::new(listener);
+    let incoming = UnixListenerStream::new(listener).map(|accepted| accepted.map(Tolerant::new));
     let server = Server::builder().max_concurrent_streams(1024);
     let served = server.serve_with_incoming_shutdown(services, incoming, stop.cancelled_owned()).await;
     served.map_err(|error| CsiError::Io { what: "serve".into(), detail: error.to_string() })

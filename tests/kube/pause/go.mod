@@ -1,0 +1,3 @@
+module clip-csi.test/pause
+
+go 1.26.0
