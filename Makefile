@@ -51,6 +51,5 @@ lint: ## format, clippy, licences
 fmt: ## format the code
 	@$(build-env); cargo fmt --all
 
-fuzz: ## fuzz TARGET (make fuzz TARGET=archive) until stopped
-	@$(build-env); RUSTC_BOOTSTRAP=1 PATH="$$(.ci/tool cargo-fuzz 0.13.2):$$PATH" \
-	cargo fuzz run --target-dir "$$CARGO_TARGET_DIR/fuzz" $(TARGET)
+fuzz: ## fuzz TARGET (make fuzz TARGET=gob) for SECONDS, or until stopped: docs/fuzzing.md
+	@$(build-env); CORPUS="$${CORPUS:-$$CLIP_CSI_BUILD_DIR/fuzz}" .ci/fuzz $(or $(SECONDS),0) $(TARGET)

@@ -7,8 +7,10 @@ use url::Url;
 
 use crate::archive::Version;
 use crate::build::provider::ImageServiceConfig;
+use crate::build::store::ArchiveStore;
 use crate::cache::CacheConfig;
 use crate::csi::{CsiConfig, CsiError};
+use crate::k8s::{KubeConfig, KubeError};
 use crate::mount::MountConfig;
 use crate::source::SourceError;
 use crate::source::policy::SourceConfig;
@@ -37,6 +39,8 @@ pub struct Config {
     pub mounts: MountConfig,
     /// The CSI services.
     pub csi: CsiConfig,
+    /// The Kubernetes API.
+    pub k8s: KubeConfig,
     /// Logs and the HTTP endpoint.
     pub telemetry: TelemetryConfig,
 }
@@ -76,6 +80,9 @@ pub enum ConfigError {
     /// A value of the `csi` section.
     #[error(transparent)]
     Csi(#[from] CsiError),
+    /// A value of the `k8s` section.
+    #[error(transparent)]
+    Kubernetes(#[from] KubeError),
     /// A value of the `sources` section.
     #[error(transparent)]
     Sources(#[from] SourceError),
@@ -158,6 +165,19 @@ pub const ENVIRONMENT: &[EnvOverride] = &[
         key: "csi.nodeId",
         set: |c, v| {
             c.csi.node_id = Some(v.into());
+            Ok(())
+        },
+    },
+    EnvOverride {
+        name: "CLIP_CSI_K8S_ENABLED",
+        key: "k8s.enabled",
+        set: |c, v| v.parse().map(|enabled| c.k8s.enabled = enabled),
+    },
+    EnvOverride {
+        name: "CLIP_CSI_KUBECONFIG",
+        key: "k8s.kubeconfig",
+        set: |c, v| {
+            c.k8s.kubeconfig = Some(v.into());
             Ok(())
         },
     },
@@ -253,6 +273,7 @@ impl Config {
         absolute("mounts.mountsDir", &self.mounts.mounts_dir)?;
         absolute("mounts.stateDir", &self.mounts.state_dir)?;
         self.csi.validate()?;
+        self.k8s.validate()?;
         self.validate_telemetry()
     }
 
@@ -273,10 +294,11 @@ impl Config {
             let good = match Url::parse(store) {
                 Ok(url) if url.scheme() == "s3" => url.host_str().is_some_and(|bucket| !bucket.is_empty()),
                 Ok(url) if url.scheme() == "file" => url.to_file_path().is_ok(),
-                _ => false,
+                _ => ArchiveStore::check(store).is_ok(),
             };
             if !good {
-                return invalid("imageService.archiveStore", store, "write s3://bucket/prefix or file:///directory");
+                let remedy = "write s3://bucket/prefix, file:///directory, oci://host/repository or referrer";
+                return invalid("imageService.archiveStore", store, remedy);
             }
         }
         if !images.span_kib.is_power_of_two() || !SPAN_KIB.contains(&images.span_kib) {
@@ -394,6 +416,7 @@ mod tests {
                 "csi.driverName" => "other.example",
                 "csi.endpoint" => "unix:///csi.sock",
                 "csi.nodeId" => "node-1",
+                "k8s.enabled" => "false",
                 _ => "/elsewhere",
             };
             let mut config = Config::default();
@@ -451,6 +474,7 @@ mod tests {
     fn sections_that_check_themselves_name_their_keys_too() {
         for (text, key, remedy) in [
             ("csi: { endpoint: 'tcp://x' }", "csi.endpoint", "unix:///"),
+            ("k8s: { namespace: 'a/b' }", "k8s.namespace", "write its name"),
             ("sources: { archiveRoots: [/a, ../b] }", "sources.archiveRoots[1]", "absolute path"),
             ("sources: { s3: [ { endpoint: 'http://x' } ] }", "sources.s3[0].bucket", "name the bucket"),
             ("sources: { s3: [ { bucket: b, endpoint: x.example } ] }", "sources.s3[0].endpoint", "https://"),

@@ -3,7 +3,7 @@
 //! The modules, from the top down. Imports run downward only (`tests/architecture.rs` holds us to it):
 //!
 //! ```text
-//! main -> cli -> config -> csi -> mount -> {fs, build} -> {cache, source} -> inflate -> archive -> {units, metrics}
+//! main -> cli -> config -> csi -> {mount, k8s} -> {fs, build} -> {cache, source} -> inflate -> archive -> {units, metrics}
 //! telemetry stands beside csi and is used by cli only
 //! ```
 //!
@@ -17,7 +17,7 @@
 //! | [`build`] | making archives: v1 from a directory or image, v2 from an image; the archive store |
 //! | [`fs`] | the read-only filesystem over an opened archive, and its kernel adapter |
 //! | [`mount`] | shared mounts, bind mounts, journal and recovery |
-//! | [`k8s`] | the Kubernetes API |
+//! | [`k8s`] | the Kubernetes API: claims, volume records, Events, the startup taint |
 //! | [`csi`] | the CSI and registration services |
 //! | [`telemetry`], [`metrics`] | logs, spans, `/metrics`, `/healthz`, `/readyz` |
 //! | [`config`] | file, environment and flags, composed and validated |

@@ -80,6 +80,11 @@ metrics! {
     v1_extract_seconds: Histogram("clip_v1_extract_seconds", "Unpacking an image for a v1 archive: duration in seconds");
     v1_archive_bytes: IntCounter("clip_v1_archive_bytes_total", "Bytes of v1 archives built");
     build_fallbacks: IntCounter("clip_build_fallbacks_total", "Builds that were to be v2 and fell back to v1");
+    referrer_lookups: IntCounterVec("clip_referrer_lookups_total", "Searches for an archive beside an image by result (found, none, rejected, error)", ["result"]);
+    archives_collected: IntCounter("clip_archives_collected_total", "Archives removed from the archive store because no volume named them");
+    events: IntCounterVec("clip_events_total", "Kubernetes Events by result (published, failed, dropped)", ["result"]);
+    startup_taint: IntCounterVec("clip_startup_taint_total", "Tries to remove the node's startup taint by result (removed, absent, error)", ["result"]);
+    kube_errors: IntCounterVec("clip_kube_errors_total", "Failed calls to the Kubernetes API by kind (denied, conflict, unavailable, invalid)", ["kind"]);
     errors: IntCounterVec("clip_errors_total", "Errors by kind (not_found, denied, refused, unavailable, corrupt, invalid, io, unverifiable)", ["kind"]);
 }
 

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("metrics", &[]),
-    ("k8s", &[]),
     ("archive", &["units"]),
     ("inflate", &["archive", "units", "metrics"]),
     ("source", &["inflate", "archive", "units", "metrics"]),
@@ -16,9 +15,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("build", &["cache", "source", "inflate", "archive", "units", "metrics"]),
     ("fs", &["cache", "source", "inflate", "archive", "units", "metrics"]),
     ("mount", &["fs", "build", "cache", "source", "inflate", "archive", "units", "metrics"]),
-    ("csi", &["mount", "fs", "build", "cache", "source", "inflate", "archive", "units", "metrics"]),
+    ("k8s", &["build", "source", "archive", "units", "metrics"]),
+    ("csi", &["mount", "k8s", "fs", "build", "cache", "source", "inflate", "archive", "units", "metrics"]),
     ("telemetry", &["metrics"]),
-    ("config", &["csi", "telemetry", "mount", "fs", "build", "cache", "source", "archive", "units"]),
+    ("config", &["csi", "telemetry", "mount", "k8s", "fs", "build", "cache", "source", "archive", "units"]),
     (
         "cli",
         &[

@@ -15,6 +15,7 @@ const SUBCOMMANDS: &[&str] = &[
     "index",
     "archive",
     "push",
+    "pull",
     "inspect",
     "ls",
     "cat",

@@ -777,7 +777,95 @@ async fn a_failed_upload_leaves_no_parts_behind() {
     let seen = store.seen();
     assert!(seen.iter().any(|s| s.method == "DELETE" && s.path.contains("uploadId=ID")));
     let part = seen.iter().find(|s| s.method == "PUT").unwrap();
-    assert!(part.header("x-amz-checksum-crc32").is_some() && part.header("x-amz-content-sha256").is_some(), "{part:?}");
+    assert!(
+        part.header("x-amz-checksum-sha256").is_some() && part.header("x-amz-content-sha256").is_some(),
+        "{part:?}"
+    );
+}
+
+/// An upload of three parts of which the store has the first; `theirs`: what it says of that part's content.
+async fn half_uploaded(whole: &[u8], theirs: &[u8], initiated: &'static str) -> Server {
+    let sum = |bytes: &[u8]| {
+        use base64::Engine as _;
+        base64::engine::general_purpose::STANDARD.encode(Digest::of(bytes).0)
+    };
+    let (first, there) = (sum(theirs), 16 << 20);
+    assert!(whole.len() > 2 * there);
+    Server::start(move |seen, _| {
+        let xml = |body: String| Reply::ok(format!("<?xml version=\"1.0\"?>{body}"));
+        match (seen.method.as_str(), seen.path.as_str()) {
+            ("GET", path) if path.contains("uploadId=OLD") => xml(format!(
+                "<ListPartsResult><UploadId>OLD</UploadId><IsTruncated>false</IsTruncated><Part><PartNumber>1</PartNumber>\
+                 <ETag>&quot;e1&quot;</ETag><Size>{there}</Size><ChecksumSHA256>{first}</ChecksumSHA256></Part></ListPartsResult>"
+            )),
+            ("GET", path) if path.contains("uploads") => xml(format!(
+                "<ListMultipartUploadsResult><IsTruncated>false</IsTruncated><Upload><Key>k</Key><UploadId>OLD</UploadId>\
+                 <Initiated>{initiated}</Initiated></Upload><Upload><Key>k-other</Key><UploadId>OTHER</UploadId></Upload>\
+                 </ListMultipartUploadsResult>"
+            )),
+            ("POST", path) if path.contains("uploads") => xml(
+                "<InitiateMultipartUploadResult><Bucket>store</Bucket><Key>k</Key><UploadId>NEW</UploadId></InitiateMultipartUploadResult>".into(),
+            ),
+            ("PUT", _) => {
+                Reply::status(200).with("etag", "\"e\"").with("x-amz-checksum-sha256", &sum(&seen.body))
+            }
+            ("POST", _) => xml("<CompleteMultipartUploadResult><Key>k</Key><ETag>&quot;x&quot;</ETag></CompleteMultipartUploadResult>".into()),
+            ("DELETE", _) => Reply::status(204),
+            _ => Reply::status(404),
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn an_interrupted_upload_goes_on_with_the_parts_that_are_ours_and_with_no_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, whole) = (dir.path().join("large"), noise((33 << 20) + 9, 21));
+    std::fs::write(&file, &whole).unwrap();
+    let ours = &whole[..16 << 20];
+    for (theirs, initiated, id, parts, aborted) in [
+        (ours, "2020-01-01T00:00:00.000Z", "uploadId=OLD", 2, false),
+        (&whole[1..], "2020-01-01T00:00:00.000Z", "uploadId=NEW", 3, true),
+        // Somebody may be at it.
+        (&whole[1..], "2999-01-01T00:00:00.000Z", "uploadId=NEW", 3, false),
+    ] {
+        let store = half_uploaded(&whole, theirs, initiated).await;
+        let done = AtomicUsize::new(0);
+        let count = |n: u64| {
+            done.fetch_add(n as usize, Ordering::SeqCst);
+        };
+        shell().put(&s3_at(&store), &file, true, &some_keys(), &count).await.unwrap();
+        assert_eq!(done.load(Ordering::SeqCst), whole.len());
+        let seen = store.seen();
+        let sent: Vec<_> = seen.iter().filter(|s| s.method == "PUT").collect();
+        assert_eq!(sent.len(), parts);
+        assert!(sent.iter().all(|s| s.path.contains(id) && s.header("x-amz-checksum-sha256").is_some()), "{sent:?}");
+        let end = seen.iter().find(|s| s.method == "POST" && s.path.contains(id)).unwrap();
+        let said = String::from_utf8_lossy(&end.body).into_owned();
+        assert_eq!(said.matches("<ChecksumSHA256>").count(), 3, "{said}");
+        assert_eq!(end.header("if-none-match"), Some("*"));
+        let removed: Vec<_> = seen.iter().filter(|s| s.method == "DELETE").map(|s| &s.path).collect();
+        assert_eq!(removed.iter().any(|path| path.contains("uploadId=OLD")), aborted, "{removed:?}");
+        assert_eq!(removed.len(), usize::from(aborted));
+    }
+}
+
+#[tokio::test]
+async fn parts_stay_for_the_next_try_where_the_store_can_not_be_reached() {
+    let store = Server::start(|seen, _| match (seen.method.as_str(), seen.path.contains("uploads")) {
+        ("POST", true) => Reply::ok(
+            "<?xml version=\"1.0\"?><InitiateMultipartUploadResult><Bucket>store</Bucket><Key>k</Key><UploadId>ID</UploadId></InitiateMultipartUploadResult>",
+        ),
+        ("PUT", _) => Reply::status(503),
+        _ => Reply::status(404),
+    })
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("large");
+    std::fs::write(&file, vec![1; 17 << 20]).unwrap();
+    let error = shell().put(&s3_at(&store), &file, false, &some_keys(), &|_| {}).await.unwrap_err();
+    assert_eq!(error.kind(), "unavailable");
+    assert!(store.seen().iter().all(|s| s.method != "DELETE"));
 }
 
 #[tokio::test]

@@ -469,6 +469,13 @@ impl<'a> Locator<'a> {
                     if sparse {
                         let blob = u16::try_from(node.blob).ok().filter(|&blob| usize::from(blob) < *count);
                         let blob = blob.ok_or_else(|| format!("its layer {} is none of the {count}", node.blob))?;
+                        // Without a hole: a file of a layer that is read by its own table of contents.
+                        if let [one] = node.extents[..]
+                            && (one.offset, one.len) == (0, node.size)
+                        {
+                            let (size, offset) = (one.len, one.blob_offset);
+                            return Ok(Location { size, blob: BlobIx(blob), offset, sparse: false });
+                        }
                         return Ok(Location { size: node.size, blob: BlobIx(blob), offset: 0, sparse });
                     }
                     if node.size > 0 {

@@ -14,9 +14,12 @@
 //! Sparse files and the Go module: in v1 `DataPos` and `DataLen` name the whole file, holes as zeros, where the archive
 //! holds it so ([`super::Entry::offset`]); else a position behind any file's end, where its reads fail. In v2 always the
 //! latter, and `Remote` is nil: a `DataLen` without it is what makes its reads fail, and without either they would be empty.
+//!
+//! Files of a layer whose blob is [`super::Chunks`] are written as sparse files of one extent without a hole: their offsets are none
+//! in the layer's tar, which is where the Go module would look. Reading undoes it.
 
 use super::gob::{Define, Encoder, Fields, TypeId};
-use super::{ArchiveError, Data, Extension, Header, Kind, NodeId, SeekTable, Storage, Tree};
+use super::{ArchiveError, Data, Extension, Extent, Header, Kind, NodeId, SeekTable, Storage, Tree};
 use crate::units::Digest;
 
 /// What comes after the data region of an archive, ready to be written, and the header to be written first.
@@ -48,7 +51,7 @@ pub fn encode(
         within("length of the seek table", tail.len(), super::MAX_SEEK_TABLE_LEN)?;
         extension.seek_table = Some((tail_pos, tail.len() as u64, Digest::of(&tail)));
     }
-    let index = encode_index(tree, storage, &extension)?;
+    let index = encode_index(tree, storage, &extension, seek_table)?;
     let info = storage.encode();
     within("length of the index", index.len(), super::MAX_INDEX_LEN)?;
     within("length of the storage info", info.len(), super::MAX_STORAGE_INFO_LEN)?;
@@ -123,7 +126,13 @@ fn define(encoder: &mut Encoder) {
     encoder.define(EXTENTS, "[]uint64", Define::Slice(uint));
 }
 
-fn encode_index(tree: &Tree, storage: &Storage, extension: &Extension) -> Result<Vec<u8>, ArchiveError> {
+fn encode_index(
+    tree: &Tree,
+    storage: &Storage,
+    extension: &Extension,
+    seek_table: &SeekTable,
+) -> Result<Vec<u8>, ArchiveError> {
+    let chunks: Vec<bool> = seek_table.blobs.iter().map(|blob| blob.chunks.is_some()).collect();
     // All paths in one piece, then their ids sorted by path, as a Go string compares.
     let mut paths = Vec::new();
     let mut order: Vec<(usize, usize, NodeId)> = Vec::with_capacity(tree.len());
@@ -141,7 +150,7 @@ fn encode_index(tree: &Tree, storage: &Storage, extension: &Extension) -> Result
         for &(start, end, id) in &order {
             let path = &paths[start..end];
             let mut fields = writer.fields();
-            if let Err(detail) = write_node(&mut fields, tree, id, path, storage, extension)
+            if let Err(detail) = write_node(&mut fields, tree, id, path, storage, extension, &chunks)
                 && result.is_ok()
             {
                 result = Err(super::builder::corrupt(path, &detail));
@@ -159,6 +168,7 @@ fn write_node(
     path: &[u8],
     storage: &Storage,
     extension: &Extension,
+    chunks: &[bool],
 ) -> Result<(), String> {
     let attr = tree.attr(id);
     let (kind, format) = match attr.kind {
@@ -170,7 +180,14 @@ fn write_node(
         Kind::CharDevice => ("file", libc::S_IFCHR),
         Kind::BlockDevice => ("file", libc::S_IFBLK),
     };
-    let data = tree.data(id);
+    let whole;
+    let data = match tree.data(id) {
+        Data::Contiguous { blob, offset } if chunks.get(usize::from(blob.0)) == Some(&true) => {
+            whole = [Extent { offset: 0, len: attr.size, blob_offset: offset }];
+            Data::Sparse { blob, extents: &whole }
+        }
+        other => other,
+    };
     let stored = match data {
         Data::Sparse { extents, .. } => extents.iter().map(|extent| extent.len).sum(),
         _ => attr.size,

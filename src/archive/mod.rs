@@ -22,6 +22,6 @@ pub use encode::{Encoded, encode};
 pub use error::ArchiveError;
 pub use extension::Extension;
 pub use header::{HEADER_LEN, Header, MAX_INDEX_LEN, MAX_STORAGE_INFO_LEN};
-pub use seek_table::{BlobTable, MAX_SEEK_TABLE_LEN, SeekTable, Span, SpanIx};
+pub use seek_table::{BlobTable, Chunks, MAX_SEEK_TABLE_LEN, SeekTable, Span, SpanIx};
 pub use storage_info::{ImageMetadata, LayerMetadata, OciStorage, S3Storage, Storage};
 pub use tree::{Attr, BlobIx, Data, Extent, Kind, NodeId, ResolveError, Timestamp, Tree, Xattr};

@@ -9,9 +9,13 @@
 //! ```
 //!
 //! Section 1 holds the blobs and their spans, section 2 all windows, so that a reader may fetch the one without the
-//! other. Ids 3 (profiles of what a workload reads first), 4 (other digests) and 5 (tables of contents of eStargz and
-//! zstd:chunked) are reserved. A section with flag 1 may be ignored by a reader that does not know it; any other unknown
+//! other. Section 5, only there where it is needed, says which blobs are [`Chunks`]. Ids 3 (profiles of what a workload reads first)
+//! and 4 (other digests) are reserved. A section with flag 1 may be ignored by a reader that does not know it; any other unknown
 //! section, and a newer major version, are refused by name; a newer minor version is read.
+
+mod chunks;
+
+pub use chunks::{Chunks, MAX_SKIP};
 
 use super::ArchiveError;
 use crate::units::{Compression, Digest};
@@ -51,12 +55,15 @@ pub struct BlobTable {
     pub clen: u64,
     /// Length of the uncompressed blob in bytes, trailing padding included.
     pub ulen: u64,
-    /// SHA-256 of the uncompressed blob (a layer's diff ID).
+    /// SHA-256 of the uncompressed blob (a layer's diff ID). With [`BlobTable::chunks`]: what the image's config claims it to be.
     pub diff_id: Digest,
     /// The spans in order; the first has `uoff` 0.
     pub spans: Vec<Span>,
     /// All packed windows (see [`crate::inflate::window`]), back to back.
     pub windows: Vec<u8>,
+    /// The spans are chunks out of a table of contents, and the uncompressed blob is those chunks back to back; `None`: the spans
+    /// cover the layer's tar (or the data region) without a gap.
+    pub chunks: Option<Chunks>,
 }
 
 impl BlobTable {
@@ -125,7 +132,7 @@ impl BlobTable {
                 return wrong("stored bytes of another length than the span, or with a window");
             }
         }
-        Ok(())
+        self.chunks.as_ref().map_or(Ok(()), |chunks| chunks.check(self))
     }
 }
 
@@ -144,6 +151,7 @@ const MAJOR: u16 = 1;
 const MINOR: u16 = 0;
 const SPANS: u32 = 1;
 const WINDOWS: u32 = 2;
+const CHUNKS: u32 = 5;
 /// Section flag: a reader that does not know the section goes on without it.
 const MAY_BE_IGNORED: u32 = 1;
 const HEAD_LEN: usize = 16;
@@ -169,7 +177,7 @@ impl SeekTable {
         if major != MAJOR {
             return Err(ArchiveError::Unsupported { detail: format!("seek table version {major}, {MAJOR} is known") });
         }
-        let (mut spans, mut windows) = (None, None);
+        let (mut spans, mut windows, mut chunks) = (None, None, None);
         for _ in 0..sections {
             let (id, flags, offset, len) = (head.u32()?, head.u32()?, head.u64()?, head.u64()?);
             let range = usize::try_from(offset).ok().zip(usize::try_from(len).ok());
@@ -182,6 +190,7 @@ impl SeekTable {
             let slot = match id {
                 SPANS => &mut spans,
                 WINDOWS => &mut windows,
+                CHUNKS => &mut chunks,
                 _ if flags & MAY_BE_IGNORED != 0 => continue,
                 _ => return Err(ArchiveError::Unsupported { detail: format!("seek table section {id} is not known") }),
             };
@@ -192,13 +201,15 @@ impl SeekTable {
         let mut spans = Reader(spans.ok_or_else(|| corrupt("it has no spans"))?);
         let mut windows = Reader(windows.unwrap_or_default());
         let count = spans.count(MIN_BLOB_LEN)?;
+        let mut chunks = chunks::Reader::new(Reader(chunks.unwrap_or_default()))?;
         let blobs = (0..count).map(|ix| {
-            let blob = decode_blob(&mut spans, &mut windows)?;
+            let mut blob = decode_blob(&mut spans, &mut windows)?;
+            blob.chunks = chunks.of(ix)?;
             blob.check().map_err(|detail| corrupt(format!("blob {ix}: {detail}")))?;
             Ok(blob)
         });
         let blobs = blobs.collect::<Result<_, ArchiveError>>()?;
-        if !spans.0.is_empty() || !windows.0.is_empty() {
+        if !spans.0.is_empty() || !windows.0.is_empty() || !chunks.is_at_end() {
             return Err(corrupt("bytes that belong to no blob"));
         }
         Ok(Self { blobs })
@@ -212,14 +223,17 @@ impl SeekTable {
             encode_blob(&mut spans, blob);
         }
         let windows: u64 = self.blobs.iter().map(|blob| blob.windows.len() as u64).sum();
-        let start = HEAD_LEN + 2 * SECTION_LEN;
-        let mut out = Vec::with_capacity(start + spans.len() + windows as usize);
+        let chunks = chunks::encode(&self.blobs);
+        let mut sections = vec![(SPANS, spans.len() as u64), (WINDOWS, windows)];
+        sections.extend((!chunks.is_empty()).then_some((CHUNKS, chunks.len() as u64)));
+        let start = HEAD_LEN + sections.len() * SECTION_LEN;
+        let mut out = Vec::with_capacity(start + spans.len() + windows as usize + chunks.len());
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&MAJOR.to_le_bytes());
         out.extend_from_slice(&MINOR.to_le_bytes());
-        out.extend_from_slice(&2u32.to_le_bytes());
+        out.extend_from_slice(&(sections.len() as u32).to_le_bytes());
         let mut offset = start as u64;
-        for (id, len) in [(SPANS, spans.len() as u64), (WINDOWS, windows)] {
+        for (id, len) in sections {
             out.extend_from_slice(&id.to_le_bytes());
             out.extend_from_slice(&0u32.to_le_bytes());
             out.extend_from_slice(&offset.to_le_bytes());
@@ -230,6 +244,7 @@ impl SeekTable {
         for blob in &self.blobs {
             out.extend_from_slice(&blob.windows);
         }
+        out.extend_from_slice(&chunks);
         out
     }
 }
@@ -298,7 +313,7 @@ fn decode_blob(from: &mut Reader<'_>, windows: &mut Reader<'_>) -> Result<BlobTa
         let starts_stream = flags & STARTS_STREAM != 0;
         spans.push(Span { uoff, coff, cend, bits: flags & 7, starts_stream, window, digest: from.digest()? });
     }
-    Ok(BlobTable { digest, compression, clen, ulen, diff_id, spans, windows })
+    Ok(BlobTable { digest, compression, clen, ulen, diff_id, spans, windows, chunks: None })
 }
 
 fn varint(out: &mut Vec<u8>, mut value: u64) {

@@ -395,8 +395,10 @@ fn decode_layers_data(d: &mut Decoder<'_>, list: TypeId) -> Result<Vec<LayerMeta
     let fields =
         [("MIMEType", STRING, 'm'), ("Digest", STRING, 'd'), ("Size", INT, 's'), ("Annotations", Want::Map, 'a')];
     let plan = d.plan(d.element(list)?, "LayerMetadata", &fields)?;
-    let mut out = Vec::new();
-    for _ in 0..d.count()? {
+    let count = d.count()?;
+    // All at once: grown by doubling, elements of a single byte would hold twice as much memory.
+    let mut out = Vec::with_capacity(count);
+    for _ in 0..count {
         let (mut layer, mut at) = (LayerMetadata::default(), 0);
         while let Some((field, id)) = d.field(&plan, &mut at)? {
             match field {

@@ -12,6 +12,7 @@ use super::BuildError;
 use super::output::io_error;
 use super::progress::Progress;
 use super::tar::{TarEntry, Walker};
+use super::toc;
 use crate::archive::BlobTable;
 use crate::inflate::Indexer;
 use crate::source::{LayerSource, ResolvedImage};
@@ -24,7 +25,7 @@ const PARALLEL: usize = 2;
 /// Enough bytes to tell a gzip member and a zstd frame from a tar header.
 const MAGIC_LEN: usize = 4;
 
-/// What one pass over a layer found. The layer's digest and diff ID have been checked.
+/// What one pass over a layer found. The layer's digest and diff ID have been checked, or its table of contents has.
 #[derive(Debug)]
 pub(super) struct Scan {
     /// Its entries in order.
@@ -49,11 +50,12 @@ pub(super) fn media_type(media_type: &str) -> (Option<Compression>, bool) {
 }
 
 /// Scans all layers of an image, [`PARALLEL`] at a time, each distinct one once. The scans of the distinct ones, and which of them
-/// each layer is. `spool`: makes a file to keep an uncompressed layer in.
+/// each layer is. `tables`: a layer's own table of contents will do instead of a pass over it. `spool`: makes a file to keep an uncompressed layer in.
 pub(super) async fn scan_all(
     image: &ResolvedImage,
     diff_ids: &[Digest],
     span_size: u64,
+    tables: bool,
     spool: Option<&(dyn Fn() -> Result<File, BuildError> + Sync)>,
     progress: &dyn Progress,
 ) -> Result<(Vec<Scan>, Vec<usize>), BuildError> {
@@ -73,6 +75,9 @@ pub(super) async fn scan_all(
     }
     let scans = futures::stream::iter(distinct)
         .map(|(layer, diff_id)| async move {
+            if tables && let Some(toc::Scanned { entries, table }) = toc::scan(&layer, diff_id, progress).await {
+                return Ok(Scan { entries, table, spool: None });
+            }
             let spool = spool.map(|make| make()).transpose()?;
             scan(&layer, diff_id, span_size, spool, progress).await
         })

@@ -105,6 +105,8 @@ struct Pending {
     path: Box<[u8]>,
     target: Box<[u8]>,
     ino: Ino,
+    /// The directory that got its name: by the end of the layer the path may lead elsewhere.
+    dir: Ino,
     /// What the target named before this layer's whiteouts.
     hidden: Option<Ino>,
 }
@@ -261,7 +263,7 @@ impl Merger {
                 }
                 let ino = self.inode(&path, attr, Body::Pending(self.pending.len()))?;
                 self.link(dir, name, ino);
-                self.pending.push(Pending { path, target: link, ino, hidden });
+                self.pending.push(Pending { path, target: link, ino, dir, hidden });
                 return Ok(());
             }
             EntryKind::File => Body::File { blob, size, offset, extents },
@@ -278,7 +280,12 @@ impl Merger {
     /// Links that waited: each gets the file at the end of its chain of targets.
     fn settle_links(&mut self) -> Result<(), MergeError> {
         let pending = std::mem::take(&mut self.pending);
+        let missing = |link: &Pending| {
+            let target = show(&link.target);
+            error(&link.path, format!("a hard link to /{target}, which is in no layer up to this one"))
+        };
         let mut settled: Vec<Option<Ino>> = vec![None; pending.len()];
+        let mut dangling = false;
         for first in 0..pending.len() {
             // Follow until something real; every link on the way gets it, so each is followed once.
             let (mut chain, mut at) = (Vec::new(), first);
@@ -288,19 +295,12 @@ impl Merger {
                 }
                 chain.push(at);
                 let link = &pending[at];
-                let missing = || {
-                    let target = show(&link.target);
-                    error(&link.path, format!("a hard link to /{target}, which is in no layer up to this one"))
-                };
                 if chain.len() > pending.len() {
-                    return Err(missing());
+                    return Err(missing(link));
                 }
                 match self.lookup(&link.target)?.or(link.hidden) {
                     None => {
-                        // Its own name may have been replaced since: then nobody misses the target.
-                        if self.lookup(&link.path)? == Some(link.ino) {
-                            return Err(missing());
-                        }
+                        dangling = true;
                         break link.ino;
                     }
                     Some(ino) => match self.inodes[ino as usize].body {
@@ -317,13 +317,32 @@ impl Merger {
             }
         }
         for (link, found) in pending.iter().zip(settled) {
-            let (parent, name) = split(&link.path);
-            let Some(place) = self.walk(&link.path, parent, None, None)? else { continue };
-            if self.child(place.dir, name).is_some_and(|slot| slot.ino == link.ino) {
-                self.link(place.dir, name, found.unwrap_or(link.ino));
+            let (_, name) = split(&link.path);
+            if self.child(link.dir, name).is_some_and(|slot| slot.ino == link.ino) {
+                self.link(link.dir, name, found.unwrap_or(link.ino));
             }
         }
-        Ok(())
+        // Where the link's own name has been replaced since, nobody misses the target.
+        match if dangling { self.first_pending() } else { None } {
+            Some(at) => Err(missing(&pending[at])),
+            None => Ok(()),
+        }
+    }
+
+    /// Some hard link without its file that still has a name. Looks at all of the tree.
+    fn first_pending(&self) -> Option<usize> {
+        let mut dirs = vec![ROOT];
+        while let Some(dir) = dirs.pop() {
+            let Body::Dir(children) = &self.inodes[dir as usize].body else { continue };
+            for slot in children.values() {
+                match self.inodes[slot.ino as usize].body {
+                    Body::Dir(_) => dirs.push(slot.ino),
+                    Body::Pending(at) => return Some(at),
+                    _ => {}
+                }
+            }
+        }
+        None
     }
 
     fn check_linkable(&self, path: &[u8], target: &[u8], ino: Ino) -> Result<(), MergeError> {
@@ -411,6 +430,10 @@ impl Merger {
             let ino = match slot.map(|slot| (slot, &self.inodes[slot.ino as usize].body)) {
                 Some((slot, Body::Dir(_))) => slot.ino,
                 Some((_, Body::Symlink(target))) => {
+                    // Names are not looked at there: they must not come to lie anywhere else.
+                    if make.is_some() && path.starts_with(AUFS) {
+                        return Err(error(path, "AUFS' bookkeeping behind a symlink"));
+                    }
                     links += 1;
                     self.followed += 1;
                     if links > MAX_LINKS {
@@ -449,7 +472,8 @@ impl Merger {
                 None => {
                     let Some(mtime) = make else { return Ok(None) };
                     // The path itself was checked: this came out of a symlink. AUFS' own names are dropped in the end.
-                    if part.starts_with(WHITEOUT) && !(dir == ROOT && part.starts_with(AUFS)) {
+                    let aufs = path.starts_with(AUFS) || (dir == ROOT && part.starts_with(AUFS));
+                    if part.starts_with(WHITEOUT) && !aufs {
                         return Err(error(path, WHITEOUT_DIR));
                     }
                     self.make_dir(path, dir, part, mtime)?

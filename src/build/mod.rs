@@ -15,6 +15,7 @@ pub mod tar;
 mod testing;
 #[cfg(test)]
 mod tests;
+pub mod toc;
 mod v1;
 mod v2;
 
@@ -93,13 +94,15 @@ pub struct BuildOptions {
     pub span_size: u64,
     /// Distance of the checkpoints that the Go module reads, in MiB.
     pub checkpoint_mib: u64,
+    /// Index layers that carry a table of contents (eStargz, zstd:chunked) by that, without reading them.
+    pub tables_of_contents: bool,
     /// What the archive says of where its layers lie, where that differs from where they were read.
     pub store_as: Option<crate::source::ImageRef>,
 }
 
 impl Default for BuildOptions {
     fn default() -> Self {
-        Self { span_size: 1 << 20, checkpoint_mib: 2, store_as: None }
+        Self { span_size: 1 << 20, checkpoint_mib: 2, tables_of_contents: true, store_as: None }
     }
 }
 

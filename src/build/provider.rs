@@ -5,7 +5,9 @@
 //! that gives up loses nothing, the next one joins the same build.
 
 mod progress;
+mod referrer;
 mod refs;
+mod size;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -34,12 +36,19 @@ pub struct ImageServiceConfig {
     pub archive_dir: PathBuf,
     /// Limit in bytes of `archive_dir`; the least recently used archives that no mount needs go first. Default 20 GiB.
     pub archive_max_bytes: u64,
-    /// A store shared by nodes and controller: `file:///dir`, `s3://bucket/prefix[?endpoint=…]`. Default: none.
+    /// A store shared by nodes and controller: `file:///dir`, `s3://bucket/prefix[?endpoint=…]`, `oci://host/repository`, or
+    /// `referrer` (beside each image). Default: none.
     pub archive_store: Option<String>,
     /// Uncompressed bytes per span, in KiB. Default 1024.
     pub span_kib: u64,
     /// Distance in MiB of the checkpoints that the Go module reads. Default 2.
     pub checkpoint_mib: u64,
+    /// Index layers that carry a table of contents (eStargz, zstd:chunked) by that alone. Default true.
+    pub tables_of_contents: bool,
+    /// Look for an index beside an image (a referrer in its repository) before one is built. Default true.
+    pub referrers: bool,
+    /// Hours for which an archive stays in the store that no volume names; 0: it is never removed. Default 24.
+    pub archive_grace_hours: u64,
 }
 
 impl Default for ImageServiceConfig {
@@ -51,6 +60,9 @@ impl Default for ImageServiceConfig {
             archive_store: None,
             span_kib: 1024,
             checkpoint_mib: 2,
+            tables_of_contents: true,
+            referrers: true,
+            archive_grace_hours: 24,
         }
     }
 }
@@ -93,7 +105,7 @@ pub struct Provided {
     pub manifest_digest: Digest,
     /// Who may share what is fetched through it.
     pub scope: Scope,
-    /// Where it came from: "node", "store", "built".
+    /// Where it came from: "node", "store", "referrer", "built".
     pub from: &'static str,
 }
 
@@ -132,6 +144,7 @@ struct Inner {
     sources: Sources,
     store: Option<ArchiveStore>,
     refs: RefRecords,
+    referrers: referrer::Misses,
     jobs: Mutex<HashMap<String, (Job, Arc<BuildProgress>)>>,
     pins: Mutex<HashMap<PathBuf, Weak<Pin>>>,
 }
@@ -156,7 +169,15 @@ impl Provider {
         }
         let store = config.archive_store.as_deref().map(|url| ArchiveStore::open(url, sources.clone())).transpose()?;
         let refs = RefRecords::new(dir.join("refs"));
-        let inner = Inner { config, sources, store, refs, jobs: Mutex::default(), pins: Mutex::default() };
+        let inner = Inner {
+            config,
+            sources,
+            store,
+            refs,
+            referrers: referrer::Misses::default(),
+            jobs: Mutex::default(),
+            pins: Mutex::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -195,7 +216,7 @@ impl Provider {
         };
         let (manifest_digest, scope) = (image.manifest_digest, image.scope);
         self.inner.refs.remember(&key, manifest_digest, scope, &request.credentials);
-        let made = self.job(image, request.version).await.map_err(BuildError::Shared)?;
+        let made = self.job(image, request.version, request.credentials.clone()).await.map_err(BuildError::Shared)?;
         self.hand_out(made, manifest_digest, scope)
     }
 
@@ -275,7 +296,7 @@ impl Provider {
     }
 
     /// The job that makes an archive of this manifest available; joined where it runs already.
-    fn job(&self, image: ResolvedImage, wanted: Version) -> Job {
+    fn job(&self, image: ResolvedImage, wanted: Version, credentials: Credentials) -> Job {
         let name = ArchiveStore::file_name(&image.manifest_digest, &image.platform, wanted);
         let mut jobs = self.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((job, _)) = jobs.get(&name) {
@@ -284,7 +305,7 @@ impl Provider {
         let progress = Arc::new(BuildProgress::new(image.reference.clone()));
         let (this, key, reporter) = (self.clone(), name.clone(), progress.clone());
         let task = tokio::spawn(async move {
-            let result = this.make(&image, wanted, &reporter).await.map_err(Arc::new);
+            let result = this.make(&image, wanted, &credentials, &reporter).await.map_err(Arc::new);
             this.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
             result
         });
@@ -299,7 +320,13 @@ impl Provider {
         job
     }
 
-    async fn make(&self, image: &ResolvedImage, wanted: Version, progress: &BuildProgress) -> Result<Made, BuildError> {
+    async fn make(
+        &self,
+        image: &ResolvedImage,
+        wanted: Version,
+        credentials: &Credentials,
+        progress: &BuildProgress,
+    ) -> Result<Made, BuildError> {
         let (manifest, platform) = (&image.manifest_digest, &image.platform);
         if let Some((path, _pin)) = self.find_local(manifest, platform, wanted) {
             return Ok(Made { location: Location::File(path.clone()), file: Some(path), from: "node" });
@@ -310,6 +337,10 @@ impl Provider {
                 Ok(None) => {}
                 Err(error) => warn!(image = %image.reference, %error, "archive store is no help: building here"),
             }
+        }
+        if let Some(path) = self.from_referrer(image, credentials).await {
+            self.clean_up(&path);
+            return Ok(Made { location: Location::File(path.clone()), file: Some(path), from: "referrer" });
         }
         let path = self.build(image, wanted, progress).await?;
         self.clean_up(&path);
@@ -325,16 +356,14 @@ impl Provider {
     ) -> Result<Option<Made>, BuildError> {
         let Some(store) = &self.inner.store else { return Ok(None) };
         let name = ArchiveStore::archive_name(manifest, platform, version);
+        let Some(location) = store.find(&name).await? else { return Ok(None) };
         match version {
-            Version::V1 => {
-                let made = |location| Made { location, file: None, from: "store" };
-                Ok(store.contains(&name).await?.then(|| made(store.location(&name))))
-            }
+            Version::V1 => Ok(Some(Made { location, file: None, from: "store" })),
             Version::V2 => {
                 let path = self.inner.config.archive_dir.join(ArchiveStore::file_name(manifest, platform, version));
                 let made =
                     |path: PathBuf| Made { location: Location::File(path.clone()), file: Some(path), from: "store" };
-                Ok(store.fetch(&name, &path).await?.then(|| made(path)))
+                Ok(store.fetch(&location, &path).await?.then(|| made(path)))
             }
         }
     }
@@ -350,6 +379,7 @@ impl Provider {
         let options = BuildOptions {
             span_size: config.span_kib << 10,
             checkpoint_mib: config.checkpoint_mib,
+            tables_of_contents: config.tables_of_contents,
             ..BuildOptions::default()
         };
         let target = |version| {

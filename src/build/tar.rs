@@ -14,6 +14,7 @@ mod pax;
 mod sparse;
 
 use crate::archive::{Extent, Timestamp};
+pub(super) use header::device;
 use header::{BLOCK, Block, Raw};
 use pax::Pax;
 
@@ -224,6 +225,23 @@ impl Walker {
             }
         }
         Ok(())
+    }
+
+    /// Steps over the data of the entry that came last without seeing it; its padding comes next. `false`: `len` bytes of data are
+    /// not what comes next.
+    pub(super) fn pass_data(&mut self, len: u64) -> bool {
+        match &mut self.state {
+            State::Skip { data, .. } if *data == len && len > 0 => {
+                (*data, self.pos) = (0, self.pos + len);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The closing blocks have come: whatever follows is no part of the archive.
+    pub(super) fn has_ended(&self) -> bool {
+        matches!(self.state, State::End)
     }
 
     /// The stream has ended: is the archive whole? As in Go, the closing zero blocks and the last padding may be missing.

@@ -455,7 +455,9 @@ async fn v2_is_impossible_only_for_layers_that_no_registry_can_serve() {
     let mut foreign = image(&three_layers()).resolved;
     foreign.layers[0].media_type = "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip".into();
     let error = index_image(&foreign, &place.out(), &options, &progress::Silent).await.unwrap_err();
-    assert!(matches!(&error, BuildError::V2Impossible { .. }), "{error:?}");
+    let BuildError::V2Impossible { detail } = &error else { panic!("{error:?}") };
+    let digest = foreign.layers[0].digest.to_string();
+    assert!(["nondistributable", "archive it (v1)", &digest].iter().all(|word| detail.contains(word)), "{detail}");
     assert!(place.is_empty());
     archive_image(&foreign, &place.out(), &options, &progress::Silent).await.unwrap();
 

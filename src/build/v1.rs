@@ -57,7 +57,10 @@ pub(super) async fn archive_image(
     for layer in &image.layers {
         if layer::media_type(&layer.media_type).0.is_none() {
             let kind = super::tar::show(layer.media_type.as_bytes());
-            let detail = format!("layer {} is of a kind that can't be read (media type {kind})", layer.digest);
+            let detail = format!(
+                "layer {} is of a kind that can't be read (media type {kind}); push the image again with tar layers",
+                layer.digest
+            );
             return Err(bad_image(image, detail));
         }
     }
@@ -70,7 +73,7 @@ pub(super) async fn archive_image(
     let beside = directory(out).to_owned();
     let spool =
         || tempfile::tempfile_in(&beside).map_err(io_error(format!("create a temporary file in {}", beside.display())));
-    let (scans, order) = layer::scan_all(image, &diff_ids, 64 << 20, Some(&spool), progress).await?;
+    let (scans, order) = layer::scan_all(image, &diff_ids, 64 << 20, false, Some(&spool), progress).await?;
     metrics().v1_extract_seconds.observe(started.elapsed().as_secs_f64());
 
     let digests: Vec<Digest> = image.layers.iter().map(|layer| layer.digest).collect();

@@ -35,7 +35,8 @@ pub(super) async fn index_image(
     indexable(image)?;
     let config = ImageConfig::parse(image)?;
     let diff_ids = config.diff_ids(image)?;
-    let (scans, order) = layer::scan_all(image, &diff_ids, options.span_size, None, progress).await?;
+    let tables = options.tables_of_contents;
+    let (scans, order) = layer::scan_all(image, &diff_ids, options.span_size, tables, None, progress).await?;
 
     let reference = format!("{}@{}", place.tag.as_deref().unwrap_or("latest"), image.manifest_digest);
     let mut storage = OciStorage {
@@ -124,8 +125,11 @@ fn indexable(image: &ResolvedImage) -> Result<(), BuildError> {
     for layer in &image.layers {
         let detail = match layer::media_type(&layer.media_type) {
             (Some(_), false) => continue,
-            (Some(_), true) => "may not be distributed, so no registry has to hold it",
-            (None, _) => "is of a kind that can't be read",
+            (Some(_), true) => {
+                "may not be distributed, so no registry has to hold it: build the image on a base without such layers, \
+                 or archive it (v1) where they can be had"
+            }
+            (None, _) => "is of a kind that can't be read (tar, alone or with gzip or zstd, can): push the image again",
         };
         let detail =
             format!("layer {} (media type {}) {detail}", layer.digest, super::tar::show(layer.media_type.as_bytes()));
@@ -181,6 +185,11 @@ fn place(image: &ResolvedImage, options: &BuildOptions) -> Result<Place, BuildEr
 fn describe(storage: &mut OciStorage, table: &BlobTable, checkpoint_mib: u64) {
     let layer = table.digest.to_string();
     let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    storage.decompressed_hash.insert(layer.clone(), table.diff_id.hex());
+    // Offsets in chunks are none in the tar, which is what the Go module counts in.
+    if table.chunks.is_some() {
+        return;
+    }
     // Spans that share a restart point begin at one place of the compressed layer.
     let restarts: Vec<_> = table.spans.chunk_by(|a, b| a.coff == b.coff && a.bits == b.bits).collect();
     match table.compression {
@@ -197,7 +206,7 @@ fn describe(storage: &mut OciStorage, table: &BlobTable, checkpoint_mib: u64) {
             if table.ulen > last {
                 checkpoints.push((signed(table.clen), signed(table.ulen)));
             }
-            storage.gzip_checkpoints.insert(layer.clone(), checkpoints);
+            storage.gzip_checkpoints.insert(layer, checkpoints);
         }
         Compression::Zstd => {
             let ends = restarts.iter().skip(1).filter_map(|spans| spans.first()).map(|span| span.uoff);
@@ -206,9 +215,8 @@ fn describe(storage: &mut OciStorage, table: &BlobTable, checkpoint_mib: u64) {
                 let cend = spans.iter().map(|span| span.cend).max()?;
                 Some((signed(first.coff), signed(cend - first.coff), signed(first.uoff), signed(end - first.uoff)))
             });
-            storage.zstd_frames.insert(layer.clone(), frames.collect());
+            storage.zstd_frames.insert(layer, frames.collect());
         }
         Compression::None => {}
     }
-    storage.decompressed_hash.insert(layer, table.diff_id.hex());
 }

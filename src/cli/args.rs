@@ -129,7 +129,7 @@ fn integrity(text: &str) -> Result<Integrity, String> {
 /// An archive, and how it is opened.
 #[derive(Debug, Clone, Args)]
 pub(super) struct OpenArgs {
-    /// The archive: a path, file://PATH or s3://bucket/key
+    /// The archive: a path, file://PATH, s3://bucket/key or oci://registry/repository@sha256:…
     #[arg(value_name = "ARCHIVE")]
     pub(super) archive: String,
     /// What is shown as the root: `bundle` is /rootfs of an OCI bundle, `archive` all of it, `auto` chooses

@@ -34,6 +34,9 @@ pub(super) struct IndexArgs {
     /// Distance of the checkpoints that the Go module reads, in MiB
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=1024))]
     checkpoint_mib: u64,
+    /// Stream every layer, also those that carry a table of contents (eStargz, zstd:chunked): slower; the Go module can then read them
+    #[arg(long)]
+    no_toc: bool,
     /// The registry reference under which the layers will be found
     #[arg(long, value_name = "REF", value_parser = args::image)]
     store_as: Option<ImageRef>,
@@ -66,6 +69,7 @@ impl IndexArgs {
         let options = BuildOptions {
             span_size: self.build.span_kib << 10,
             checkpoint_mib: self.checkpoint_mib,
+            tables_of_contents: !self.no_toc,
             store_as: self.store_as,
         };
         let report = {

@@ -91,6 +91,8 @@ struct LayerReport {
     uncompressed_bytes: Option<u64>,
     /// Spans that can be fetched and verified by themselves; 0: the layer has to be fetched as a whole.
     spans: u64,
+    /// Indexed by a table of contents of its own (eStargz, zstd:chunked): its uncompressed bytes are those of its files only.
+    table_of_contents: bool,
     /// Checkpoints of the Go module.
     checkpoints: u64,
 }
@@ -256,6 +258,7 @@ fn layers(storage: &Storage, table: Option<&SeekTable>) -> Vec<LayerReport> {
         compressed_bytes: Some(blob.clen),
         uncompressed_bytes: Some(blob.ulen),
         spans: blob.spans.len() as u64,
+        table_of_contents: blob.chunks.is_some(),
         checkpoints: 0,
     };
     let Storage::Oci(oci) = storage else {
@@ -270,6 +273,7 @@ fn layers(storage: &Storage, table: Option<&SeekTable>) -> Vec<LayerReport> {
             compressed_bytes: stored.iter().find(|l| l.digest == *digest).and_then(|l| u64::try_from(l.size).ok()),
             uncompressed_bytes: None,
             spans: 0,
+            table_of_contents: false,
             checkpoints: 0,
         });
         report.checkpoints = gzip.map_or_else(|| zstd.map_or(0, Vec::len), Vec::len) as u64;
@@ -406,7 +410,8 @@ fn text(report: &Report) -> String {
             out.0 += &format!(
                 "{:<22}{:>12}{:>14}{:>12}{:>8}\n",
                 human::escaped(human::short_digest(&layer.digest).as_bytes()),
-                layer.compression.as_deref().unwrap_or("-"),
+                layer.compression.as_deref().unwrap_or("-").to_owned()
+                    + if layer.table_of_contents { " (toc)" } else { "" },
                 size(layer.compressed_bytes),
                 size(layer.uncompressed_bytes),
                 human::count(layer.spans),

@@ -20,6 +20,7 @@ mod ls;
 mod man;
 mod mount;
 mod node;
+mod pull;
 mod push;
 mod service;
 mod verify;
@@ -62,6 +63,7 @@ enum Command {
     Index(Box<index::IndexArgs>),
     Archive(archive::ArchiveArgs),
     Push(push::PushArgs),
+    Pull(pull::PullArgs),
     Inspect(inspect::InspectArgs),
     Ls(ls::LsArgs),
     Cat(cat::CatArgs),
@@ -89,7 +91,7 @@ impl Command {
 
 /// The subcommands as the top-level help groups them.
 const GROUPS: &[(&str, &[&str])] = &[
-    ("Make and store archives", &["index", "archive", "push"]),
+    ("Make and store archives", &["index", "archive", "push", "pull"]),
     ("Look into archives", &["inspect", "ls", "cat", "extract", "verify"]),
     ("Mount", &["mount"]),
     ("Run the CSI driver", &["node", "controller"]),
@@ -104,11 +106,13 @@ Examples:
   clip-csi ls python.clip /usr/local/bin               list a directory of the image
   clip-csi cat python.clip /etc/os-release             print a file; only its bytes are fetched
   clip-csi push app.clip s3://bucket/images/           store an archive in S3
+  clip-csi push app.clip ghcr.io/acme/app              or beside its image, where nodes find it
   clip-csi mount s3://bucket/images/app.clip /mnt      mount it until Ctrl-C
   clip-csi node --config /etc/clip-csi/config.yaml     run the node plugin
 
 An IMAGE is registry/repo:tag, registry/repo@sha256:…, oci:DIR[:TAG] or oci-archive:FILE[:TAG].
-An ARCHIVE is a path, file://PATH or s3://bucket/key[?endpoint=URL&region=R&path-style=true].";
+An ARCHIVE is a path, file://PATH, s3://bucket/key[?endpoint=URL&region=R&path-style=true],
+oci://registry/repository:tag or oci://registry/repository@sha256:….";
 
 /// The command with its grouped help.
 fn command() -> clap::Command {
@@ -185,6 +189,7 @@ async fn run(cli: Cli) -> Result<(), CliError> {
         Command::Index(args) => args.run(global).await,
         Command::Archive(args) => args.run(global).await,
         Command::Push(args) => args.run(global).await,
+        Command::Pull(args) => args.run(global).await,
         Command::Inspect(args) => args.run().await,
         Command::Ls(args) => args.run().await,
         Command::Cat(args) => args.run().await,

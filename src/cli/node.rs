@@ -9,8 +9,10 @@ use super::CliError;
 use super::service::{ServiceArgs, serve, stopped};
 use crate::build::provider::Provider;
 use crate::cache::Cache;
-use crate::csi::{ClipVersion, NodeContext, Readiness, serve_node, unregister};
-use crate::k8s::release::Release;
+use crate::config::ConfigError;
+use crate::csi::{ClipVersion, CsiConfig, NodeContext, Readiness, serve_node, unregister};
+use crate::k8s::Kubernetes;
+use crate::k8s::release::{Release, ReleaseError};
 use crate::mount::MountManager;
 use crate::source::{Policy, Sources};
 
@@ -57,25 +59,41 @@ impl NodeArgs {
         let cache = Cache::open(&config.cache)?;
         let provider = Provider::new(config.image_service.clone(), sources.clone())?;
         let mounts = MountManager::new(config.mounts.clone(), sources, cache, provider.clone())?;
+        let node = config.csi.node_id.clone().unwrap_or_default();
+        let kubernetes =
+            Kubernetes::start(&config.k8s, &config.csi.driver_name, &node).await.map_err(ConfigError::from)?;
         let readiness = Readiness::node(config.mounts.mounts_dir.clone(), config.cache.dir.clone());
         let context = NodeContext {
             config: config.csi.clone(),
             clip_version: ClipVersion::new(config.image_service.clip_version)?,
             mounts: Arc::new(mounts),
             images: Arc::new(provider),
+            kubernetes,
             readiness: readiness.clone(),
         };
-        serve(&config, readiness, serve_node(context, stopped())).await?;
-        let Some(release) = release.filter(|_| config.csi.register) else { return Ok(()) };
-        match release.await {
-            Ok(Ok(release)) if release.is_ending().await => {
-                let removed = unregister(&config.csi)?;
-                tracing::info!(removed, "the driver is being uninstalled: the kubelet forgets it");
+        let csi = config.csi.clone();
+        let stop = async move {
+            stopped().await;
+            // While the sockets are still ours: a plugin that comes after us finds no link and makes it again.
+            if let Some(release) = release.filter(|_| csi.register) {
+                leave(release.await, &csi).await;
             }
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::warn!("whether this is an uninstallation is not known: {error}"),
-            Err(error) => tracing::warn!("whether this is an uninstallation is not known: {error}"),
+        };
+        serve(&config, readiness, serve_node(context, stop)).await
+    }
+}
+
+/// Takes the registration with the kubelet back where the driver is being uninstalled.
+async fn leave(release: Result<Result<Release, ReleaseError>, tokio::task::JoinError>, csi: &CsiConfig) {
+    let release = match release {
+        Ok(Ok(release)) => release,
+        Ok(Err(error)) => return tracing::warn!("whether this is an uninstallation is not known: {error}"),
+        Err(error) => return tracing::warn!("whether this is an uninstallation is not known: {error}"),
+    };
+    if release.is_ending().await {
+        match unregister(csi) {
+            Ok(removed) => tracing::info!(removed, "the driver is being uninstalled: the kubelet forgets it"),
+            Err(error) => tracing::warn!("the driver is being uninstalled, but {error}"),
         }
-        Ok(())
     }
 }

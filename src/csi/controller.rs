@@ -3,6 +3,9 @@
 //! The truth is one record per volume in the archive store. CreateVolume finds or builds the image's archive first, puts
 //! it into the store and writes the record last, so a record never names an archive that is not there; an archive that
 //! no record names is collected later. Nodes are told everything in the volume context.
+//!
+//! Where the StorageClass lets a claim choose (`claim.rs`), what it chose is kept in the record: a retry after the claim
+//! was changed gives the same volume.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -12,6 +15,7 @@ use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use super::claim::{self, ClaimError, Parameters};
 use super::node::note;
 use super::operations::{Call, Operations};
 use super::proto::v1::controller_server::Controller;
@@ -23,14 +27,16 @@ use super::proto::v1::{
     ValidateVolumeCapabilitiesRequest, ValidateVolumeCapabilitiesResponse, Volume,
 };
 use super::request::{self, RequestError};
-use super::seam::{Images, Volumes, progress};
+use super::seam::{Images, Volumes, building, progress};
 use super::secrets::credentials;
 use super::status::aborted;
-use super::volume_context::{Attributes, VolumeSource, archive_url};
+use super::volume_context::{Attributes, IMAGE_BYTES, Requester, VolumeSource, archive_url};
 use super::{ClipVersion, ControllerContext};
 use crate::archive::Version;
-use crate::build::provider;
+use crate::build::provider::{self, Provided};
 use crate::build::store::{ArchiveStore, VolumeRecord};
+use crate::k8s::Kubernetes;
+use crate::k8s::events::Severity;
 use crate::metrics::metrics;
 use crate::source::{Credentials, ImageRef, Location};
 use crate::units::{Digest, Platform};
@@ -42,6 +48,7 @@ pub(super) struct ControllerService {
     wait: Duration,
     images: Arc<dyn Images>,
     volumes: Option<Arc<dyn Volumes>>,
+    kubernetes: Kubernetes,
     operations: Operations<Option<Volume>>,
 }
 
@@ -61,29 +68,84 @@ fn parameters_digest(given: &BTreeMap<String, String>) -> Digest {
 struct Create {
     id: String,
     name: String,
+    /// [`parameters_digest`] of what the StorageClass says.
+    parameters: Digest,
+    /// The claim had a say in the attributes.
+    from_claim: bool,
     attributes: Attributes,
     credentials: Credentials,
+    asks_to_write: bool,
 }
 
-impl Create {
-    fn parse(request: CreateVolumeRequest) -> Result<Self, RequestError> {
-        request::id("name", &request.name)?;
-        request::capabilities("volume_capabilities", &request.volume_capabilities)?;
-        request::capacity(request.capacity_range.as_ref())?;
-        let unusable = |field, detail: &str| Err(RequestError::Unusable { field, detail: detail.to_owned() });
-        if request.volume_content_source.is_some() {
-            return unusable(
-                "volume_content_source",
-                "an image is neither cloned nor restored; name it in the StorageClass",
-            );
-        }
-        if !request.mutable_parameters.is_empty() {
-            return unusable("mutable_parameters", "volumes can't be modified; remove the VolumeAttributesClass");
-        }
-        let attributes = Attributes::parse(&request.parameters)?;
-        let credentials = credentials(&request.secrets, attributes.requester.namespace.as_deref())?;
-        Ok(Self { id: volume_id(&request.name), name: request.name, attributes, credentials })
+impl ControllerService {
+    async fn parse(&self, request: CreateVolumeRequest) -> Result<Create, Status> {
+        let parameters = check(&request)?;
+        let (id, name) = (volume_id(&request.name), request.name);
+        let digest = parameters_digest(&parameters.own);
+        let credentials = credentials(&request.secrets, parameters.requester.namespace.as_deref());
+        let credentials = credentials.map_err(RequestError::from)?;
+        let attributes = if parameters.from_claim {
+            self.settle(&id, &name, digest, &parameters).await?
+        } else {
+            parameters.attributes().map_err(RequestError::from)?
+        };
+        let asks_to_write = request::asks_to_write(&request.volume_capabilities);
+        let from_claim = parameters.from_claim;
+        Ok(Create { id, name, parameters: digest, from_claim, attributes, credentials, asks_to_write })
     }
+
+    /// The attributes of a volume whose claim has a say in them: as they were when it was created, else as the claim says
+    /// now.
+    async fn settle(
+        &self,
+        id: &str,
+        name: &str,
+        digest: Digest,
+        parameters: &Parameters,
+    ) -> Result<Attributes, Status> {
+        let requester = &parameters.requester;
+        if let Some(record) = self.volumes()?.record(id).await? {
+            if record.parameters != digest {
+                return Err(RequestError::NameTaken { name: name.to_owned() }.into());
+            }
+            let given = record.attributes.unwrap_or_default();
+            return Ok(parameters.with(given).map_err(RequestError::from)?);
+        }
+        let api = self.kubernetes.api.as_deref().ok_or(ClaimError::NoApi).map_err(RequestError::from)?;
+        let claim = claim::read(api, requester).await.map_err(RequestError::from)?;
+        let said = claim::annotations(api, parameters, &claim).await?;
+        Ok(parameters.with(said).map_err(RequestError::from)?)
+    }
+
+    /// Tells of a claim, in the background: its uid has to be asked for. Nothing where the API or the claim is not there.
+    fn tell(&self, requester: &Requester, severity: Severity, reason: &'static str, message: String) {
+        let Some(api) = self.kubernetes.api.clone() else { return };
+        let (events, requester) = (self.kubernetes.events.clone(), requester.clone());
+        tokio::spawn(async move {
+            match claim::read(api.as_ref(), &requester).await {
+                Ok(claim) => events.tell(&claim::object(&requester, &claim), severity, reason, &message),
+                Err(error) => tracing::debug!(reason, "no event on the claim: {error}"),
+            }
+        });
+    }
+}
+
+/// What has to be right whatever the volume shows.
+fn check(request: &CreateVolumeRequest) -> Result<Parameters, RequestError> {
+    request::id("name", &request.name)?;
+    request::capabilities("volume_capabilities", &request.volume_capabilities)?;
+    request::capacity(request.capacity_range.as_ref())?;
+    let unusable = |field, detail: &str| Err(RequestError::Unusable { field, detail: detail.to_owned() });
+    if request.volume_content_source.is_some() {
+        return unusable(
+            "volume_content_source",
+            "an image is neither cloned nor restored; name it in the StorageClass",
+        );
+    }
+    if !request.mutable_parameters.is_empty() {
+        return unusable("mutable_parameters", "volumes can't be modified; remove the VolumeAttributesClass");
+    }
+    Ok(Parameters::parse(request.parameters.clone())?)
 }
 
 impl ControllerService {
@@ -93,6 +155,7 @@ impl ControllerService {
             wait: context.config.publish_wait(),
             images: context.images.clone(),
             volumes: context.volumes.clone(),
+            kubernetes: context.kubernetes.clone(),
             operations: Operations::default(),
         }
     }
@@ -108,14 +171,14 @@ impl ControllerService {
 
     async fn create(self, create: Create, cancel: CancellationToken) -> Result<Option<Volume>, Status> {
         let volumes = self.volumes()?;
-        let parameters = parameters_digest(&create.attributes.given);
+        let parameters = create.parameters;
         let taken = || RequestError::NameTaken { name: create.name.clone() };
         // Before anything is built: the name may be taken.
         let existing = volumes.record(&create.id).await?;
         let record = match existing {
             Some(record) => record,
             None => {
-                let record = self.provision(&create, parameters, volumes.as_ref(), &cancel).await?;
+                let record = self.provision(&create, volumes.as_ref(), &cancel).await?;
                 // Another controller may have been faster: then its record holds.
                 volumes.create_record(&record).await?.unwrap_or(record)
             }
@@ -125,6 +188,12 @@ impl ControllerService {
         }
         let volume_context = context(&create.attributes, &record, volumes.as_ref());
         tracing::info!(id = record.id, source = %create.attributes.source, "volume created");
+        if create.asks_to_write {
+            tracing::info!(id = record.id, "the claim asks for a mode that could write; the volume is read-only");
+            let message =
+                "the volume is an image and mounts read-only, whatever the claim's access mode; ReadOnlyMany says so";
+            self.tell(&create.attributes.requester, Severity::Normal, "ReadOnlyVolume", message.to_owned());
+        }
         Ok(Some(Volume { capacity_bytes: 0, volume_id: record.id, volume_context, ..Volume::default() }))
     }
 
@@ -132,7 +201,6 @@ impl ControllerService {
     async fn provision(
         &self,
         create: &Create,
-        parameters: Digest,
         volumes: &dyn Volumes,
         cancel: &CancellationToken,
     ) -> Result<VolumeRecord, Status> {
@@ -140,11 +208,13 @@ impl ControllerService {
         let record = VolumeRecord {
             id: create.id.clone(),
             name: create.name.clone(),
-            parameters,
+            parameters: create.parameters,
             image: None,
             manifest_digest: None,
             archive: None,
             created,
+            image_bytes: None,
+            attributes: create.from_claim.then(|| create.attributes.given.clone()),
         };
         let image = match &create.attributes.source {
             // The node's policy and credentials decide whether it may be read: this is another machine.
@@ -157,7 +227,7 @@ impl ControllerService {
         let request = provider::Request {
             image: image.clone(),
             platform: platform.clone(),
-            version: self.version(image, create.attributes.clip_version),
+            version: self.version(image, &create.attributes),
             pull_policy: create.attributes.pull_policy,
             credentials: create.credentials.clone(),
         };
@@ -167,24 +237,42 @@ impl ControllerService {
             provided = self.images.provide(&request) => provided?,
         };
         let version = version_of(&provided.location, &provided.manifest_digest, &platform);
-        let name = ArchiveStore::archive_name(&provided.manifest_digest, &platform, version);
-        if let (Location::File(file), "node" | "built") = (&provided.location, provided.from) {
-            volumes.put(&name, file).await?;
+        if request.version == Version::V2 && version == Version::V1 && provided.from == "built" {
+            self.tell(&create.attributes.requester, Severity::Warning, "FellBackToV1", fell_back(image));
         }
+        let image_bytes = self.image_bytes(&provided).await;
+        let name = ArchiveStore::archive_name(&provided.manifest_digest, &platform, version);
+        // Also one that came from there: whoever cleans up must see that it is used.
+        let file = match &provided.location {
+            Location::File(file) => Some(file.as_path()),
+            _ => None,
+        };
+        volumes.put(&name, file, image).await?;
         Ok(VolumeRecord {
             image: Some(image.to_string()),
             manifest_digest: Some(provided.manifest_digest),
             archive: Some(name),
+            image_bytes,
             ..record
         })
     }
 
+    /// For people only: a volume does not fail for want of it.
+    async fn image_bytes(&self, provided: &Provided) -> Option<u64> {
+        let size = self.images.content_bytes(provided).await;
+        size.inspect_err(|error| tracing::warn!(%error, "the image's size can't be told")).ok()
+    }
+
     /// A v2 index of a layout could be mounted on this machine only: v1 is built of it.
-    fn version(&self, image: &ImageRef, attribute: Option<Version>) -> Version {
-        let (version, because) = self.default_version.resolve(attribute);
+    fn version(&self, image: &ImageRef, attributes: &Attributes) -> Version {
+        let (version, because) = self.default_version.resolve(attributes.clip_version);
         if version == Version::V2 && !matches!(image, ImageRef::Registry { .. }) {
             metrics().build_fallbacks.inc();
             tracing::warn!(%image, "a v2 index of a layout would be of no use to other machines: building v1");
+            let message = format!(
+                "{image} is a layout on this machine: a v2 index of it would be of no use elsewhere, so v1 is built"
+            );
+            self.tell(&attributes.requester, Severity::Warning, "FellBackToV1", message);
             return Version::V1;
         }
         tracing::debug!(?version, because, "version to build where no archive is found");
@@ -192,11 +280,20 @@ impl ControllerService {
     }
 }
 
+/// The message of the Event `FellBackToV1`.
+pub(super) fn fell_back(image: &ImageRef) -> String {
+    format!(
+        "no v2 index can be built of {image}: a v1 archive with all of its data was built instead; the plugin's log says why"
+    )
+}
+
 /// What was made: after a fallback not what was asked for. The file's name tells.
-fn version_of(location: &Location, manifest: &Digest, platform: &Platform) -> Version {
+pub(super) fn version_of(location: &Location, manifest: &Digest, platform: &Platform) -> Version {
     let name = match location {
         Location::File(path) => path.to_string_lossy(),
         Location::S3 { key, .. } => key.as_str().into(),
+        // The store names them by tag: the file's name, without its ending.
+        Location::Artifact { reference, .. } => format!("{reference}.clip").into(),
         Location::Registry { .. } | Location::Layout { .. } => "".into(),
     };
     let v2 = ArchiveStore::file_name(manifest, platform, Version::V2);
@@ -207,6 +304,7 @@ fn version_of(location: &Location, manifest: &Digest, platform: &Platform) -> Ve
 /// of the archive in the store, so that the node finds just that. An image of a layout becomes an archive of the store.
 fn context(attributes: &Attributes, record: &VolumeRecord, volumes: &dyn Volumes) -> HashMap<String, String> {
     let mut context: HashMap<String, String> = attributes.given.clone().into_iter().collect();
+    context.extend(record.image_bytes.map(|bytes| (IMAGE_BYTES.to_owned(), bytes.to_string())));
     let VolumeSource::Image(image) = &attributes.source else { return context };
     let name = record.archive.as_deref().unwrap_or_default();
     match (image, record.manifest_digest) {
@@ -238,12 +336,14 @@ impl Controller for ControllerService {
         request: Request<CreateVolumeRequest>,
     ) -> Result<Response<CreateVolumeResponse>, Status> {
         let deadline = request::deadline(&request, self.wait);
-        let create = Create::parse(request.into_inner())?;
-        note(&create.id, "");
+        let request = request.into_inner();
+        note(&volume_id(&request.name), "");
+        let create = self.parse(request).await?;
         self.volumes()?;
         let identity = create.credentials.identity.map(|identity| identity.hex());
-        let fingerprint = serde_json::json!([create.attributes.given, identity]).to_string();
+        let fingerprint = serde_json::json!([create.attributes.given, create.parameters, identity]).to_string();
         let (id, source) = (create.id.clone(), create.attributes.source.clone());
+        let requester = create.attributes.requester.clone();
         let call = Call {
             key: &id,
             kind: "create",
@@ -253,7 +353,12 @@ impl Controller for ControllerService {
             progress: &|| progress(self.images.as_ref(), &source),
             preempts: None,
         };
-        let volume = self.operations.run(call, |cancel| self.clone().create(create, cancel)).await?;
+        let volume =
+            self.operations.run(call, |cancel| self.clone().create(create, cancel)).await.inspect_err(|status| {
+                if let Some(message) = building(status, self.images.as_ref(), &source) {
+                    self.tell(&requester, Severity::Normal, "ArchiveBuilding", message);
+                }
+            })?;
         Ok(Response::new(CreateVolumeResponse { volume }))
     }
 
@@ -301,7 +406,7 @@ impl Controller for ControllerService {
             if request.parameters.is_empty() {
                 return Ok(());
             }
-            let parameters = parameters_digest(&Attributes::parse(&request.parameters)?.given);
+            let parameters = parameters_digest(&Parameters::parse(request.parameters.clone())?.own);
             if parameters == record.parameters { Ok(()) } else { Err(RequestError::NameTaken { name: record.name }) }
         });
         Ok(Response::new(match checked {

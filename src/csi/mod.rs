@@ -4,6 +4,7 @@
 //! string maps become types in [`volume_context`] and `secrets.rs` only; work that outlives its call is `operations.rs`.
 
 mod authority;
+mod claim;
 pub mod client;
 mod controller;
 mod identity;
@@ -28,12 +29,15 @@ use tokio::net::UnixListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+pub use claim::ClaimError;
 pub use readiness::Readiness;
 pub use registration::unregister;
 pub use request::RequestError;
 pub use seam::{Images, Mounts, Volumes};
 
 use crate::archive::Version;
+use crate::k8s::Kubernetes;
+use crate::k8s::taint::StartupTaint;
 use identity::IdentityService;
 use proto::v1::controller_server::ControllerServer;
 use proto::v1::identity_server::IdentityServer;
@@ -203,6 +207,8 @@ pub struct NodeContext {
     pub mounts: Arc<dyn Mounts>,
     /// Archives of images.
     pub images: Arc<dyn Images>,
+    /// The Kubernetes API, where there is one.
+    pub kubernetes: Kubernetes,
     /// For Probe, and for `/readyz`.
     pub readiness: Readiness,
 }
@@ -218,6 +224,8 @@ pub struct ControllerContext {
     pub images: Arc<dyn Images>,
     /// Records and archives; `None`: `imageService.archiveStore` is not set, and CreateVolume says so.
     pub volumes: Option<Arc<dyn Volumes>>,
+    /// The Kubernetes API, where there is one.
+    pub kubernetes: Kubernetes,
     /// For Probe, and for `/readyz`.
     pub readiness: Readiness,
 }
@@ -234,6 +242,7 @@ pub async fn serve_node(context: NodeContext, shutdown: impl Future<Output = ()>
     let socket = config.socket_path()?;
     // Before anything is mounted: another live instance would lose its mounts to us.
     let listener = server::bind(&socket).await?;
+    let taint = startup_taint(&context, &node_id);
     let node = node::NodeService::new(&context, node_id);
     let services = Services {
         identity: Some(IdentityServer::new(identity(config, &context.readiness, false))),
@@ -244,7 +253,12 @@ pub async fn serve_node(context: NodeContext, shutdown: impl Future<Output = ()>
         recover(&context).await;
         Ok(())
     };
-    let outcome = run(config, &socket, listener, services, start, config.register, shutdown, async |grace| {
+    let serving = async move {
+        if let Some(taint) = taint {
+            taint.remove().await;
+        }
+    };
+    let outcome = run(config, &socket, listener, services, start, config.register, serving, shutdown, async |grace| {
         node.drain(grace).await
     });
     let outcome = outcome.await;
@@ -271,7 +285,17 @@ pub async fn serve_controller(
     };
     context.readiness.start();
     let start = async { Ok(()) };
-    run(config, &socket, listener, services, start, false, shutdown, async |grace| controller.drain(grace).await).await
+    let serving = std::future::ready(());
+    run(config, &socket, listener, services, start, false, serving, shutdown, async |grace| {
+        controller.drain(grace).await
+    })
+    .await
+}
+
+/// What is to be done about the own node's startup taint.
+fn startup_taint(context: &NodeContext, node_id: &str) -> Option<StartupTaint> {
+    let (api, key) = (context.kubernetes.api.clone()?, context.kubernetes.startup_taint.clone()?);
+    Some(StartupTaint { api, node: node_id.to_owned(), driver: context.config.driver_name.clone(), key })
 }
 
 fn identity(config: &CsiConfig, readiness: &Readiness, controller: bool) -> IdentityService {
@@ -297,7 +321,7 @@ async fn recover(context: &NodeContext) {
     }
 }
 
-/// Starts, serves, registers, stops.
+/// Starts, serves, registers, stops. `beside` runs once calls are answered, until it or the serving ends.
 #[expect(clippy::too_many_arguments, reason = "the two servers differ in just these")]
 async fn run(
     config: &CsiConfig,
@@ -306,6 +330,7 @@ async fn run(
     services: Services,
     start: impl Future<Output = Result<(), CsiError>>,
     register: bool,
+    beside: impl Future<Output = ()> + Send,
     shutdown: impl Future<Output = ()> + Send,
     drain: impl AsyncFnOnce(Duration) -> bool,
 ) -> Result<(), CsiError> {
@@ -319,8 +344,16 @@ async fn run(
         if register {
             serving.spawn(registration::start(config, socket, stop.clone()).await?);
         }
+        let beside = async {
+            beside.await;
+            std::future::pending::<()>().await;
+        };
         // A server ends only when it is told to, or when it fails.
-        match serving.join_next().await {
+        let ended = tokio::select! {
+            ended = serving.join_next() => ended,
+            () = beside => None,
+        };
+        match ended {
             Some(Ok(outcome)) => outcome,
             Some(Err(error)) => Err(CsiError::Io { what: "a server ended".into(), detail: error.to_string() }),
             None => Ok(()),

@@ -1,13 +1,15 @@
 //! The Node service: publishes, unpublishes, statistics.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use tracing::Span;
 
+use super::controller::{fell_back, version_of};
 use super::operations::{Call, Operations};
 use super::proto::v1::node_server::Node;
 use super::proto::v1::node_service_capability::{self, Rpc, rpc};
@@ -18,13 +20,15 @@ use super::proto::v1::{
     NodeServiceCapability, NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, VolumeCondition, VolumeUsage,
 };
 use super::request::{self, RequestError};
-use super::seam::{Images, Mounts, progress};
+use super::seam::{Images, Mounts, building, progress};
 use super::secrets::credentials;
 use super::status::aborted;
-use super::volume_context::{Attributes, VolumeSource, archive_url};
+use super::volume_context::{Attributes, Requester, VolumeSource, archive_url};
 use super::{ClipVersion, NodeContext};
 use crate::archive::Version;
 use crate::build::provider;
+use crate::k8s::events::Severity;
+use crate::k8s::{Object, Recorder};
 use crate::metrics::metrics;
 use crate::mount::{MountError, MountSpec, Published, TargetSpec};
 use crate::source::{Credentials, Location, Scope};
@@ -38,7 +42,16 @@ pub(super) struct NodeService {
     wait: std::time::Duration,
     mounts: Arc<dyn Mounts>,
     images: Arc<dyn Images>,
+    events: Recorder,
+    /// Whose a target is, for Events about it. Of this process's publishes only: after a restart nobody is told.
+    pods: Arc<Mutex<HashMap<PathBuf, Object>>>,
     operations: Operations<()>,
+}
+
+/// What Events about a pod name; `None` where the kubelet does not say (`podInfoOnMount: false`).
+fn pod(requester: &Requester) -> Option<Object> {
+    let Requester { namespace, name, uid } = requester.clone();
+    Some(Object { kind: "Pod", namespace: namespace?, name: name?, uid: uid? })
 }
 
 /// A publish, checked and parsed.
@@ -75,6 +88,8 @@ impl NodeService {
             wait: context.config.publish_wait(),
             mounts: context.mounts.clone(),
             images: context.images.clone(),
+            events: context.kubernetes.events.clone(),
+            pods: Arc::default(),
             operations: Operations::default(),
         }
     }
@@ -82,6 +97,20 @@ impl NodeService {
     /// Lets what is under way end. False: something has not within `grace`.
     pub async fn drain(&self, grace: std::time::Duration) -> bool {
         self.operations.drain(grace).await
+    }
+
+    fn tell(&self, requester: &Requester, severity: Severity, reason: &'static str, message: &str) {
+        if let Some(pod) = pod(requester) {
+            self.events.tell(&pod, severity, reason, message);
+        }
+    }
+
+    fn note_pod(&self, target: &Path, pod: Option<Object>) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        match pod {
+            Some(pod) => pods.insert(target.to_owned(), pod),
+            None => pods.remove(target),
+        };
     }
 
     /// The whole way from attributes to a mounted target, as a task of its own.
@@ -95,6 +124,7 @@ impl NodeService {
         metrics().publishes.with_label_values(&[result, version]).inc();
         let published = outcome?;
         let Published { detected_from, already, shared, .. } = &published;
+        self.note_pod(&publish.target, pod(&publish.attributes.requester));
         tracing::info!(version, detected_from, already, shared, source = %publish.attributes.source, "published");
         Ok(())
     }
@@ -118,6 +148,10 @@ impl NodeService {
                     () = cancel.cancelled() => return Err(cancelled()),
                     provided = self.images.provide(&request) => provided?,
                 };
+                let made = version_of(&provided.location, &provided.manifest_digest, &request.platform);
+                if version == Version::V2 && made == Version::V1 && provided.from == "built" {
+                    self.tell(&attributes.requester, Severity::Warning, "FellBackToV1", &fell_back(image));
+                }
                 tracing::info!(from = provided.from, manifest = %provided.manifest_digest, because, "archive provided");
                 (provided.location, provided.pin, scope_name(provided.scope))
             }
@@ -198,7 +232,12 @@ impl Node for NodeService {
             progress: &|| progress(self.images.as_ref(), &source),
             preempts: None,
         };
-        self.operations.run(call, |cancel| self.clone().publish(publish, cancel)).await?;
+        let requester = publish.attributes.requester.clone();
+        self.operations.run(call, |cancel| self.clone().publish(publish, cancel)).await.inspect_err(|status| {
+            if let Some(message) = building(status, self.images.as_ref(), &source) {
+                self.tell(&requester, Severity::Normal, "ArchiveBuilding", &message);
+            }
+        })?;
         Ok(Response::new(NodePublishVolumeResponse {}))
     }
 
@@ -221,8 +260,13 @@ impl Node for NodeService {
             progress: &|| None,
             preempts: Some("publish"),
         };
-        let mounts = self.mounts.clone();
-        self.operations.run(call, |_| async move { Ok(mounts.unpublish(&target).await?) }).await?;
+        let this = self.clone();
+        let unpublish = |_| async move {
+            this.mounts.unpublish(&target).await?;
+            this.note_pod(&target, None);
+            Ok(())
+        };
+        self.operations.run(call, unpublish).await?;
         Ok(Response::new(NodeUnpublishVolumeResponse {}))
     }
 
@@ -241,6 +285,13 @@ impl Node for NodeService {
             path => path?,
         };
         let stats = self.mounts.stats(&target).await?;
+        // The kubelet asks about once a minute and shows a condition in its metrics only: the pod's user sees an Event.
+        if let Some(why) = &stats.abnormal {
+            let pod = self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(&target).cloned();
+            if let Some(pod) = pod {
+                self.events.tell(&pod, Severity::Warning, "VolumeUnhealthy", why);
+            }
+        }
         // A read-only volume is full: what there is is used.
         let usage = |unit: Unit, amount: u64| {
             let amount = i64::try_from(amount).unwrap_or(i64::MAX);

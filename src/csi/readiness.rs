@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use tokio::time::Instant;
 
 use super::seam::Volumes;
+use crate::k8s::KubeApi;
 
 /// How long an answer serves. Probes come every few seconds, from two sides.
 const KEEP: Duration = Duration::from_secs(5);
@@ -55,8 +56,9 @@ impl Readiness {
         ])
     }
 
-    /// Of a controller: its store answers. Without a store CreateVolume says so itself, to the one who asked for a volume.
-    pub fn controller(volumes: Option<Arc<dyn Volumes>>) -> Self {
+    /// Of a controller: its store answers, and the Kubernetes API where it is used. Without a store CreateVolume says so
+    /// itself, to the one who asked for a volume.
+    pub fn controller(volumes: Option<Arc<dyn Volumes>>, kubernetes: Option<Arc<dyn KubeApi>>) -> Self {
         let check = |volumes: Arc<dyn Volumes>| -> Check {
             Box::new(move || {
                 let volumes = volumes.clone();
@@ -68,7 +70,14 @@ impl Readiness {
                 .boxed()
             })
         };
-        Self::new(volumes.into_iter().map(|volumes| ("store", check(volumes))).collect())
+        let api = |api: Arc<dyn KubeApi>| -> Check {
+            Box::new(move || {
+                let api = api.clone();
+                async move { api.reachable().await.map_err(|error| error.to_string()) }.boxed()
+            })
+        };
+        let store = volumes.into_iter().map(|volumes| ("store", check(volumes)));
+        Self::new(store.chain(kubernetes.into_iter().map(|given| ("kubernetes", api(given)))).collect())
     }
 
     /// Start-up is over: until then nothing is ready.

@@ -38,6 +38,9 @@ pub enum RequestError {
     /// An attribute, parameter or secret.
     #[error(transparent)]
     Attribute(#[from] AttributeError),
+    /// What a claim says, or that it can't be read.
+    #[error(transparent)]
+    Claim(#[from] super::claim::ClaimError),
     /// A volume or its record is not there.
     #[error("volume {id:?} does not exist; create it first")]
     UnknownVolume {
@@ -137,6 +140,12 @@ pub(super) fn capabilities(field: &'static str, given: &[VolumeCapability]) -> R
         return Err(RequestError::Missing { field });
     }
     given.iter().try_for_each(|one| capability(field, Some(one)))
+}
+
+/// Whether a volume that will be read-only was asked for with a mode that could write.
+pub(super) fn asks_to_write(given: &[VolumeCapability]) -> bool {
+    let modes = given.iter().filter_map(|one| one.access_mode.as_ref().map(|mode| mode.mode()));
+    modes.into_iter().any(|mode| !matches!(mode, Mode::SingleNodeReaderOnly | Mode::MultiNodeReaderOnly))
 }
 
 /// A capacity range that does not contradict itself. Its size is not ours to choose.

@@ -8,6 +8,8 @@ use async_trait::async_trait;
 use super::volume_context::{VolumeSource, archive_url};
 use crate::build::BuildError;
 use crate::build::provider::{Provided, Provider, Request};
+#[cfg(doc)]
+use crate::build::store::Records;
 use crate::build::store::{ArchiveStore, VolumeRecord};
 use crate::mount::{MountError, MountManager, MountSpec, Published, Recovery, TargetSpec, VolumeStats};
 use crate::source::ImageRef;
@@ -51,6 +53,8 @@ impl Mounts for MountManager {
 pub trait Images: Send + Sync + Debug {
     /// See [`Provider::provide`]. Dropping the future loses nothing.
     async fn provide(&self, request: &Request) -> Result<Provided, BuildError>;
+    /// See [`Provider::content_bytes`].
+    async fn content_bytes(&self, provided: &Provided) -> Result<u64, BuildError>;
     /// See [`Provider::progress`].
     fn progress(&self, image: &ImageRef) -> Option<String>;
 }
@@ -63,10 +67,19 @@ pub(super) fn progress(images: &dyn Images, source: &VolumeSource) -> Option<Str
     }
 }
 
+/// The message of the Event `ArchiveBuilding`, where a call gave up waiting for a build that goes on.
+pub(super) fn building(status: &tonic::Status, images: &dyn Images, source: &VolumeSource) -> Option<String> {
+    let running = progress(images, source).filter(|_| status.code() == tonic::Code::Aborted)?;
+    Some(format!("the archive of {source} is being built: {running}; the volume follows when that is done"))
+}
+
 #[async_trait]
 impl Images for Provider {
     async fn provide(&self, request: &Request) -> Result<Provided, BuildError> {
         self.provide(request).await
+    }
+    async fn content_bytes(&self, provided: &Provided) -> Result<u64, BuildError> {
+        self.content_bytes(provided).await
     }
     fn progress(&self, image: &ImageRef) -> Option<String> {
         self.progress(image)
@@ -76,33 +89,33 @@ impl Images for Provider {
 /// Records of volumes and the archives that they name: [`ArchiveStore`], or a fake.
 #[async_trait]
 pub trait Volumes: Send + Sync + Debug {
-    /// See [`ArchiveStore::create_record`].
+    /// See [`Records::create`].
     async fn create_record(&self, record: &VolumeRecord) -> Result<Option<VolumeRecord>, BuildError>;
-    /// See [`ArchiveStore::record`].
+    /// See [`Records::get`].
     async fn record(&self, id: &str) -> Result<Option<VolumeRecord>, BuildError>;
-    /// See [`ArchiveStore::delete_record`].
+    /// See [`Records::delete`].
     async fn delete_record(&self, id: &str) -> Result<(), BuildError>;
     /// See [`ArchiveStore::put`].
-    async fn put(&self, name: &str, file: &Path) -> Result<(), BuildError>;
-    /// The archive's location as the attribute `archive` names it.
+    async fn put(&self, name: &str, file: Option<&Path>, image: &ImageRef) -> Result<(), BuildError>;
+    /// The archive's location as the attribute `archive` names it; empty in a store beside images, where it has none.
     fn archive_url(&self, name: &str) -> String;
 }
 
 #[async_trait]
 impl Volumes for ArchiveStore {
     async fn create_record(&self, record: &VolumeRecord) -> Result<Option<VolumeRecord>, BuildError> {
-        self.create_record(record).await
+        self.records().create(record).await
     }
     async fn record(&self, id: &str) -> Result<Option<VolumeRecord>, BuildError> {
-        self.record(id).await
+        self.records().get(id).await
     }
     async fn delete_record(&self, id: &str) -> Result<(), BuildError> {
-        self.delete_record(id).await
+        self.records().delete(id).await
     }
-    async fn put(&self, name: &str, file: &Path) -> Result<(), BuildError> {
-        self.put(name, file).await
+    async fn put(&self, name: &str, file: Option<&Path>, image: &ImageRef) -> Result<(), BuildError> {
+        self.put(name, file, image).await
     }
     fn archive_url(&self, name: &str) -> String {
-        archive_url(&self.location(name))
+        self.location(name).map(|location| archive_url(&location)).unwrap_or_default()
     }
 }

@@ -16,6 +16,8 @@ const MAX_SECRET: usize = 1 << 20;
 const ACCESS_KEY: [&str; 2] = ["accessKeyId", "AWS_ACCESS_KEY_ID"];
 const SECRET_KEY: [&str; 2] = ["secretAccessKey", "AWS_SECRET_ACCESS_KEY"];
 const SESSION_TOKEN: [&str; 2] = ["sessionToken", "AWS_SESSION_TOKEN"];
+/// The key of kubernetes.io/dockerconfigjson, and docker's own name of the file, which `--from-file` makes a key.
+const DOCKER_CONFIGS: [&str; 2] = [DOCKER_CONFIG, "config.json"];
 const DOCKER_CONFIG: &str = ".dockerconfigjson";
 
 /// The credentials in a secret's data; an empty secret is nobody's.
@@ -34,11 +36,19 @@ pub(super) fn credentials(
     }
     for (key, value) in secrets.iter().collect::<BTreeMap<_, _>>() {
         let refuse = |detail: String| Err(AttributeError::Secret { key: super::request::cut(key), detail });
-        let known = [ACCESS_KEY, SECRET_KEY, SESSION_TOKEN].concat().contains(&key.as_str()) || key == DOCKER_CONFIG;
+        let known = [ACCESS_KEY, SECRET_KEY, SESSION_TOKEN].concat().contains(&key.as_str());
+        let known = known || DOCKER_CONFIGS.contains(&key.as_str());
         if key == ".dockercfg" {
             return refuse(format!(
                 "this old format is not supported; make a secret of type kubernetes.io/dockerconfigjson ({DOCKER_CONFIG})"
             ));
+        }
+        if ["username", "password"].contains(&key.as_str()) {
+            return refuse(
+                "it does not say for which registry, and a password goes only to the registry it is for; make the secret with \
+                 kubectl create secret docker-registry"
+                    .into(),
+            );
         }
         if !known {
             return refuse(format!(
@@ -50,7 +60,8 @@ pub(super) fn credentials(
             return refuse(format!("it has {} bytes; 1 to {MAX_SECRET} are accepted", value.len()));
         }
     }
-    let users = secrets.get(DOCKER_CONFIG).map(|text| users(text)).transpose()?;
+    let docker = one_of(secrets, DOCKER_CONFIGS)?;
+    let users = docker.map(|text| users(text)).transpose()?;
     let s3 = s3(secrets)?;
     let names = serde_json::json!([
         namespace,
@@ -59,20 +70,28 @@ pub(super) fn credentials(
         namespace.is_none().then(|| secrets.iter().collect::<BTreeMap<_, _>>()),
     ]);
     Ok(Credentials {
-        docker_config: secrets.get(DOCKER_CONFIG).map(|text| text.as_str().into()),
+        docker_config: docker.map(|text| text.as_str().into()),
         s3: s3.map(Arc::new),
         identity: Some(Digest::of(names.to_string().as_bytes())),
     })
 }
 
-fn s3(secrets: &HashMap<String, String>) -> Result<Option<S3Keys>, AttributeError> {
-    let get = |[ours, theirs]: [&str; 2]| match (secrets.get(ours), secrets.get(theirs)) {
+/// The value under either name; not both.
+fn one_of<'a>(
+    secrets: &'a HashMap<String, String>,
+    [ours, theirs]: [&str; 2],
+) -> Result<Option<&'a String>, AttributeError> {
+    match (secrets.get(ours), secrets.get(theirs)) {
         (Some(_), Some(_)) => Err(AttributeError::Secret {
             key: theirs.to_owned(),
             detail: format!("it is {ours} by another name, and both are there; keep one"),
         }),
-        (one, other) => Ok(one.or(other).cloned()),
-    };
+        (one, other) => Ok(one.or(other)),
+    }
+}
+
+fn s3(secrets: &HashMap<String, String>) -> Result<Option<S3Keys>, AttributeError> {
+    let get = |names| one_of(secrets, names).map(Option::<&String>::cloned);
     match (get(ACCESS_KEY)?, get(SECRET_KEY)?, get(SESSION_TOKEN)?) {
         (Some(access_key), Some(secret_key), session_token) => {
             Ok(Some(S3Keys { access_key, secret_key, session_token }))
@@ -162,6 +181,15 @@ mod tests {
     }
 
     #[test]
+    fn a_docker_config_is_taken_under_both_names_but_not_twice() {
+        let config = docker("bob", "p");
+        let ours = of(&[(".dockerconfigjson", &config)], Some("n")).unwrap();
+        let theirs = of(&[("config.json", &config)], Some("n")).unwrap();
+        assert_eq!((ours.identity, ours.docker_config), (theirs.identity, theirs.docker_config));
+        assert!(of(&[(".dockerconfigjson", &config), ("config.json", &config)], None).is_err());
+    }
+
+    #[test]
     fn s3_keys_are_taken_under_both_names_and_only_together() {
         let keys = of(&[("accessKeyId", "AK"), ("AWS_SECRET_ACCESS_KEY", "SK")], None).unwrap().s3.unwrap();
         assert_eq!((keys.access_key.as_str(), keys.secret_key.as_str()), ("AK", "SK"));
@@ -178,6 +206,7 @@ mod tests {
             let error = of(&[(key, value)], Some("n")).unwrap_err().to_string();
             assert!(error.contains(key) && !error.contains("hunter2"), "{error}");
         }
+        assert!(of(&[("username", "bob")], None).unwrap_err().to_string().contains("docker-registry"));
         assert!(of(&[(".dockercfg", "x")], None).unwrap_err().to_string().contains("kubernetes.io/dockerconfigjson"));
     }
 }

@@ -10,21 +10,23 @@
 //! | a request, attribute, reference or subPath that can't be used; not an archive | INVALID_ARGUMENT |
 //! | not there (image, object, file, volume, target) | NOT_FOUND |
 //! | 401, 403 | UNAUTHENTICATED |
-//! | refused by this node's policy | PERMISSION_DENIED |
+//! | refused by this node's policy; a claim that would spend another namespace's secret | PERMISSION_DENIED |
 //! | out of reach, all tries used | UNAVAILABLE |
 //! | bytes that contradict their digest, the format or themselves | DATA_LOSS |
-//! | target busy; integrity can't be promised; newer format; no store | FAILED_PRECONDITION |
+//! | target busy; integrity can't be promised; newer format; no store; no access to the Kubernetes API | FAILED_PRECONDITION |
 //! | published, or created, with other parameters | ALREADY_EXISTS |
 //! | under way | ABORTED |
 //! | a system call | INTERNAL |
 
 use tonic::{Code, Status};
 
+use super::claim::ClaimError;
 use super::request::RequestError;
 use crate::archive::ArchiveError;
 use crate::build::BuildError;
 use crate::cache::CacheError;
 use crate::fs::OpenError;
+use crate::k8s::KubeError;
 use crate::metrics::metrics;
 use crate::mount::MountError;
 use crate::source::SourceError;
@@ -135,10 +137,36 @@ impl Classify for MountError {
     }
 }
 
+impl Classify for KubeError {
+    fn classify(&self) -> (Code, &'static str) {
+        match self {
+            Self::NotFound { .. } => (Code::NotFound, "not_found"),
+            // Our own rights, not the caller's.
+            Self::Denied { .. } => (Code::FailedPrecondition, "denied"),
+            Self::Conflict { .. } => (Code::Aborted, "unavailable"),
+            Self::Unavailable { .. } => (Code::Unavailable, "unavailable"),
+            Self::Invalid { .. } | Self::Config { .. } => (Code::Internal, "invalid"),
+        }
+    }
+}
+
+impl Classify for ClaimError {
+    fn classify(&self) -> (Code, &'static str) {
+        match self {
+            Self::NoApi | Self::NoMetadata => (Code::FailedPrecondition, "invalid"),
+            Self::Gone { .. } => (Code::NotFound, "not_found"),
+            Self::Fixed { .. } | Self::Layout { .. } => (Code::InvalidArgument, "invalid"),
+            Self::ForeignSecret { .. } => (Code::PermissionDenied, "refused"),
+            Self::Api(api) => api.classify(),
+        }
+    }
+}
+
 impl Classify for RequestError {
     fn classify(&self) -> (Code, &'static str) {
         match self {
             Self::Missing { .. } | Self::Unusable { .. } | Self::Attribute(_) => (Code::InvalidArgument, "invalid"),
+            Self::Claim(claim) => claim.classify(),
             Self::UnknownVolume { .. } => (Code::NotFound, "not_found"),
             Self::NameTaken { .. } => (Code::AlreadyExists, "invalid"),
             Self::NoStore => (Code::FailedPrecondition, "invalid"),

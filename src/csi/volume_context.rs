@@ -14,6 +14,8 @@ pub const ATTRIBUTES: &[&str] =
     &["image", "archive", "clipVersion", "platform", "subPath", "root", "integrity", "pullPolicy"];
 /// What Kubernetes adds: the provisioner and the kubelet. Some of it is secret (tokens).
 const KUBERNETES: &[&str] = &["csi.storage.k8s.io/", "storage.kubernetes.io/"];
+/// What the controller tells of an image for people to read: the bytes of its files. It decides nothing.
+pub(super) const IMAGE_BYTES: &str = "clip.csi.beam.cloud/image-bytes";
 /// Longest value of an attribute in bytes: a path.
 const MAX_VALUE: usize = 4095;
 
@@ -83,6 +85,8 @@ pub struct Requester {
     pub namespace: Option<String>,
     /// Name of the pod, or of the claim.
     pub name: Option<String>,
+    /// Uid of the pod.
+    pub uid: Option<String>,
 }
 
 /// The attributes of one volume.
@@ -111,6 +115,12 @@ pub struct Attributes {
 impl Attributes {
     /// Parses a volume context or the parameters of a StorageClass. Errors name the attribute and what would be accepted.
     pub fn parse(map: &HashMap<String, String>) -> Result<Self, AttributeError> {
+        let (given, requester) = Self::own(map)?;
+        Self::typed(given, requester)
+    }
+
+    /// Our own attributes and who asks, taken apart; their values are not looked at.
+    pub(super) fn own(map: &HashMap<String, String>) -> Result<(BTreeMap<String, String>, Requester), AttributeError> {
         let (mut given, mut requester) = (BTreeMap::new(), Requester::default());
         // Sorted, so that the same mistake gives the same message.
         for (name, value) in map.iter().collect::<BTreeMap<_, _>>() {
@@ -119,6 +129,8 @@ impl Attributes {
                     requester.namespace = Some(value.clone());
                 }
                 "csi.storage.k8s.io/pod.name" | "csi.storage.k8s.io/pvc/name" => requester.name = Some(value.clone()),
+                "csi.storage.k8s.io/pod.uid" => requester.uid = Some(value.clone()),
+                IMAGE_BYTES => {}
                 other if KUBERNETES.iter().any(|prefix| other.starts_with(prefix)) => {}
                 other if ATTRIBUTES.contains(&other) => {
                     given.insert(name.clone(), value.clone());
@@ -126,7 +138,7 @@ impl Attributes {
                 other => return Err(unknown(other)),
             }
         }
-        Self::typed(given, requester)
+        Ok((given, requester))
     }
 
     fn typed(given: BTreeMap<String, String>, requester: Requester) -> Result<Self, AttributeError> {
@@ -227,7 +239,7 @@ fn sub_path(text: &str) -> Result<String, AttributeError> {
     Ok(parts.join("/"))
 }
 
-fn unknown(name: &str) -> AttributeError {
+pub(super) fn unknown(name: &str) -> AttributeError {
     let name: String = name.chars().take(64).collect();
     let lower = name.to_lowercase();
     let closest = ATTRIBUTES
@@ -267,6 +279,7 @@ pub(super) fn archive_url(location: &Location) -> String {
             format!("s3://{bucket}/{key}{mark}{query}")
         }
         Location::Registry { registry, repository, digest } => format!("{registry}/{repository}@{digest}"),
+        Location::Artifact { .. } => location.to_string(),
         Location::Layout { dir, digest } => format!("oci:{}@{digest}", dir.display()),
     }
 }
@@ -345,12 +358,15 @@ mod tests {
             ("csi.storage.k8s.io/serviceAccount.tokens", "{\"a\":\"token\"}"),
             ("csi.storage.k8s.io/pod.namespace", "team"),
             ("csi.storage.k8s.io/pod.name", "pod-1"),
+            ("csi.storage.k8s.io/pod.uid", "0-1-2"),
+            ("clip.csi.beam.cloud/image-bytes", "123"),
             ("csi.storage.k8s.io/ephemeral", "true"),
             ("storage.kubernetes.io/csiProvisionerIdentity", "x"),
         ])
         .unwrap();
         assert_eq!(parsed.given.keys().collect::<Vec<_>>(), ["image"]);
         assert_eq!(parsed.requester.namespace.as_deref(), Some("team"));
+        assert_eq!(parsed.requester.uid.as_deref(), Some("0-1-2"));
         assert!(!format!("{parsed:?}").contains("token"));
     }
 

@@ -11,12 +11,10 @@ use serde::Deserialize;
 use super::legacy;
 use super::parts::{CacheContext, LazySource, Part, Shape, Tables};
 use super::{ImageFs, Integrity, RootView};
-use crate::archive::{
-    Archive, ArchiveError, HEADER_LEN, Header, Kind, NodeId, OciStorage, Storage, Tree, TreeBuilder, Version,
-};
+use crate::archive::{Archive, ArchiveError, HEADER_LEN, Header, Kind, NodeId, Storage, Tree, TreeBuilder, Version};
 use crate::cache::{Cache, CacheError};
 use crate::source::{BlobSource, Credentials, Location, SourceError, Sources};
-use crate::units::{Compression, Digest};
+use crate::units::Digest;
 
 /// Parts of an archive that lie closer than this are fetched in one request: cheaper than another round trip.
 const JOIN_GAP: u64 = 256 << 10;
@@ -260,19 +258,13 @@ fn parts_of(
                 let (Location::Layout { digest, .. } | Location::Registry { digest, .. }) = location else {
                     return Err(format!("layer {layer} lies neither in a registry nor in a layout"));
                 };
-                let shape = Shape::Layer { digest, hint: compression_hint(oci, layer) };
+                let shape = Shape::Layer { digest };
                 Ok(Arc::new(Part { shape, source: lazy(location), tables: tables.clone() }))
             };
             elsewhere.into_iter().zip(&oci.layers).map(part).collect()
         }
     };
     Ok((parts?, lazies))
-}
-
-/// What the image's metadata says of a layer's compression.
-fn compression_hint(oci: &OciStorage, layer: &str) -> Option<Compression> {
-    let layers = &oci.image.as_ref()?.layers_data;
-    Compression::of_media_type(&layers.iter().find(|data| data.digest == layer)?.mime_type)
 }
 
 /// The part of an OCI runtime specification that makes a directory a bundle.

@@ -88,6 +88,7 @@ impl BlobSource for LazySource {
             Location::File(path) => path.display().to_string(),
             Location::S3 { bucket, key, .. } => format!("s3://{bucket}/{key}"),
             Location::Registry { registry, repository, digest } => format!("{registry}/{repository}@{digest}"),
+            Location::Artifact { .. } => self.location.to_string(),
             Location::Layout { dir, digest } => format!("oci:{}@{digest}", dir.display()),
         }
     }
@@ -137,7 +138,7 @@ impl Tables {
 #[derive(Debug)]
 pub(super) enum Shape {
     /// A layer of a v2 archive, named by its digest.
-    Layer { digest: Digest, hint: Option<Compression> },
+    Layer { digest: Digest },
     /// The file of a v1 archive of ours: offsets in the blob are positions in the file.
     File,
     /// The file of a v1 archive without span digests.
@@ -178,9 +179,9 @@ impl Part {
             None => &[],
         };
         match &self.shape {
-            Shape::Layer { digest, hint } => match tables.iter().find(|table| table.digest == *digest) {
+            Shape::Layer { digest } => match tables.iter().find(|table| table.digest == *digest) {
                 Some(table) => Ok(Proof::Table(Arc::clone(table))),
-                None => Ok(Proof::Layer(*digest, self.compression(*hint).await?)),
+                None => Ok(Proof::Layer(*digest, self.compression().await?)),
             },
             Shape::File => match tables {
                 [table] => Ok(Proof::Table(Arc::clone(table))),
@@ -193,10 +194,8 @@ impl Part {
         }
     }
 
-    async fn compression(&self, hint: Option<Compression>) -> Result<Compression, CacheError> {
-        if let Some(compression) = hint {
-            return Ok(compression);
-        }
+    /// By its first bytes, as when it is indexed: builders are known to mislabel layers.
+    async fn compression(&self) -> Result<Compression, CacheError> {
         let size = self.source.stat().await?.size;
         let magic = self.source.read_range(0..size.min(4)).await?;
         Ok(match *magic {

@@ -10,6 +10,9 @@
 //! | zstd | at a frame | nothing |
 //! | none | anywhere | nothing |
 //!
+//! Spans may also be [`crate::archive::Chunks`], pieces of files that a layer's own table of contents names: then what lies between
+//! two of them in their streams is passed over.
+//!
 //! Where no such place comes for long (one huge zstd frame, one huge deflate block), spans are cut in its middle.
 //! They carry the
 //! `coff` of the place before them, so that several spans share one restart point ([`run_of`]): inflating a
@@ -27,7 +30,9 @@ mod zstream;
 mod tests;
 
 pub use index::Indexer;
-pub use resume::{SpanInflater, compressed_range, inflate_span, inflate_span_into, inflate_spans, run_of};
+pub use resume::{
+    SpanInflater, compressed_range, inflate_span, inflate_span_into, inflate_spans, inflate_whole, run_of,
+};
 
 #[cfg(doc)]
 use crate::archive::BlobTable;

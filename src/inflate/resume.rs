@@ -78,7 +78,8 @@ enum Decoder {
         trailer: u8,
         between: bool,
     },
-    Zstd(zstd_safe::DCtx<'static>),
+    /// And whether its last frame has ended.
+    Zstd(zstd_safe::DCtx<'static>, bool),
 }
 
 impl Resumed {
@@ -105,13 +106,26 @@ impl Resumed {
                 }
                 Decoder::Gzip { stream, prime, window, raw, trailer: 0, between: false }
             }
-            Compression::Zstd => Decoder::Zstd(zstd_frame::decoder().ok_or_else(no_memory)?),
+            Compression::Zstd => Decoder::Zstd(zstd_frame::decoder().ok_or_else(no_memory)?, false),
         };
         Ok(Self { compression: table.compression, decoder, at: span.coff })
     }
 
     fn corrupt(&self, detail: impl Into<String>) -> InflateError {
         InflateError::Corrupt { compression: self.compression, at: self.at, detail: detail.into() }
+    }
+
+    /// After chunk `ix - 1`, on to chunk `ix`: the compressed bytes to pass over, and the uncompressed ones to skip then.
+    fn go_to(&mut self, table: &BlobTable, ix: u32) -> Result<(u64, u64), InflateError> {
+        let out_of_order = || bad_table(table, "chunks are out of order");
+        let (before, next, skip) = (span(table, ix - 1)?, span(table, ix)?, lead(table, ix)?);
+        if same_restart(before, next) {
+            let end = lead(table, ix - 1)?.saturating_add(span_len(table, ix - 1)? as u64);
+            return Ok((0, skip.checked_sub(end).ok_or_else(out_of_order)?));
+        }
+        let pass = next.coff.checked_sub(self.at).ok_or_else(out_of_order)?;
+        *self = Self::new(table, next)?;
+        Ok((pass, skip))
     }
 
     /// Takes from `input` and writes to `out` until one of them is used up. Returns the bytes written.
@@ -135,6 +149,15 @@ impl Resumed {
         Ok(written)
     }
 
+    /// The input has ended: in the middle of a stream?
+    fn is_inside(&self) -> bool {
+        match &self.decoder {
+            Decoder::None => false,
+            Decoder::Gzip { trailer, between, .. } => *trailer > 0 || !*between,
+            Decoder::Zstd(_, ended) => !*ended,
+        }
+    }
+
     /// One step: bytes taken and bytes written; nothing of both means that input is needed.
     fn step(&mut self, input: &[u8], out: &mut [u8]) -> Result<(usize, usize), String> {
         match &mut self.decoder {
@@ -143,7 +166,12 @@ impl Resumed {
                 out[..n].copy_from_slice(&input[..n]);
                 Ok((n, n))
             }
-            Decoder::Zstd(decoder) => zstd_frame::step(decoder, input, out).map(|s| (s.consumed, s.produced)),
+            Decoder::Zstd(decoder, ended) => {
+                let step = zstd_frame::step(decoder, input, out)?;
+                // Without input nothing begins after an end.
+                *ended = step.ended || (*ended && step.consumed == 0);
+                Ok((step.consumed, step.produced))
+            }
             Decoder::Gzip { stream, prime, window, raw, trailer, between } => {
                 if *prime > 0 {
                     let Some(first) = input.first() else { return Ok((0, 0)) };
@@ -174,14 +202,26 @@ impl Resumed {
     }
 }
 
+/// Bytes that inflating from a span's restart point yields before the span itself.
+fn lead(table: &BlobTable, ix: u32) -> Result<u64, InflateError> {
+    if let Some(chunks) = &table.chunks {
+        return Ok(chunks.skip(ix));
+    }
+    let leader = span(table, run_of(table, SpanIx(ix)).start)?;
+    span(table, ix)?.uoff.checked_sub(leader.uoff).ok_or_else(|| bad_table(table, "spans are out of order"))
+}
+
 /// Inflates neighbouring spans out of a stream of compressed bytes, each checked before it is handed on.
 ///
 /// The input is the blob from [`compressed_range`]'s start, in pieces of any size. One decoder goes through all of
-/// it. Memory: the span in work and the decoder. `T` is `&BlobTable` or `Arc<BlobTable>`.
+/// it, but for chunks: there one goes through each stream, and what lies between two chunks is thrown away. Memory: the span in
+/// work and the decoder. `T` is `&BlobTable` or `Arc<BlobTable>`.
 pub struct SpanInflater<T: Borrow<BlobTable>> {
     table: T,
     decoder: Option<Resumed>,
-    /// Uncompressed bytes before the first span that are still to be thrown away.
+    /// Compressed bytes before the stream of the next span that are still to be thrown away.
+    pass: u64,
+    /// Uncompressed bytes before the next span that are still to be thrown away.
     skip: u64,
     next: u32,
     end: u32,
@@ -194,14 +234,21 @@ impl<T: Borrow<BlobTable>> SpanInflater<T> {
     /// For `spans` of `table`. The first one may lie in the middle of a run: what comes before it is inflated and
     /// thrown away.
     pub fn new(table: T, spans: Range<u32>) -> Result<Self, InflateError> {
-        let mut it =
-            Self { decoder: None, skip: 0, next: spans.start, end: spans.end, bytes: Vec::new(), filled: 0, table };
+        let mut it = Self {
+            decoder: None,
+            pass: 0,
+            skip: 0,
+            next: spans.start,
+            end: spans.end,
+            bytes: Vec::new(),
+            filled: 0,
+            table,
+        };
         if !spans.is_empty() {
             let known: &BlobTable = it.table.borrow();
             span(known, spans.end - 1)?;
-            let first = span(known, spans.start)?;
             let leader = span(known, run_of(known, SpanIx(spans.start)).start)?;
-            let skip = first.uoff.checked_sub(leader.uoff).ok_or_else(|| bad_table(known, "spans are out of order"))?;
+            let skip = lead(known, spans.start)?;
             let (decoder, bytes) = (Resumed::new(known, leader)?, vec![0; span_len(known, spans.start)?]);
             (it.skip, it.decoder, it.bytes) = (skip, Some(decoder), bytes);
         }
@@ -224,14 +271,19 @@ impl<T: Borrow<BlobTable>> SpanInflater<T> {
     ) -> Result<bool, InflateError> {
         let table = self.table.borrow();
         let Some(decoder) = &mut self.decoder else { return Ok(false) };
-        if self.skip > 0 {
-            skip(decoder, &mut self.skip, input)?;
-            if self.skip > 0 {
-                return Ok(false);
-            }
-        }
         let mut given = 0;
         while self.next < self.end && given < limit {
+            if self.pass > 0 {
+                let n = usize::try_from(self.pass).unwrap_or(usize::MAX).min(input.len());
+                *input = &input[n..];
+                self.pass -= n as u64;
+            }
+            if self.pass == 0 && self.skip > 0 {
+                skip(decoder, &mut self.skip, input)?;
+            }
+            if self.pass > 0 || self.skip > 0 {
+                return Ok(false);
+            }
             self.filled += decoder.read(input, &mut self.bytes[self.filled..])?;
             if self.filled < self.bytes.len() {
                 return Ok(false);
@@ -241,6 +293,9 @@ impl<T: Borrow<BlobTable>> SpanInflater<T> {
             self.next += 1;
             self.filled = 0;
             given += self.bytes.len() as u64;
+            if self.next < self.end && table.chunks.is_some() {
+                (self.pass, self.skip) = decoder.go_to(table, self.next)?;
+            }
             let following = if self.next < self.end { vec![0; span_len(table, self.next)?] } else { Vec::new() };
             sink(ix, std::mem::replace(&mut self.bytes, following));
         }
@@ -298,13 +353,40 @@ fn fill_span(table: &BlobTable, ix: SpanIx, mut input: &[u8], out: &mut [u8]) ->
     }
     let leader = span(table, run_of(table, ix).start)?;
     let mut decoder = Resumed::new(table, leader)?;
-    let before = span(table, ix.0)?.uoff.checked_sub(leader.uoff);
-    let mut before = before.ok_or_else(|| bad_table(table, "spans are out of order"))?;
+    let mut before = lead(table, ix.0)?;
     skip(&mut decoder, &mut before, &mut input)?;
     if before > 0 || decoder.read(&mut input, out)? < len {
         return Err(InflateError::Truncated { compression: table.compression, at: decoder.at });
     }
     check(table, ix.0, out)
+}
+
+/// Inflates a whole stream (gzip members, zstd frames) of at most `limit` uncompressed bytes, with no table of it. Allocates as
+/// much as comes out, doubled at most; one more byte is an error.
+pub fn inflate_whole(compression: Compression, mut input: &[u8], limit: usize) -> Result<Vec<u8>, InflateError> {
+    let (diff_id, spans, windows) = (Digest([0; 32]), Vec::new(), Vec::new());
+    let (clen, ulen) = (input.len() as u64, limit as u64);
+    let empty = BlobTable { digest: diff_id, compression, clen, ulen, diff_id, spans, windows, chunks: None };
+    let start = Span { uoff: 0, coff: 0, cend: clen, bits: 0, starts_stream: true, window: (0, 0), digest: diff_id };
+    let mut decoder = Resumed::new(&empty, &start)?;
+    let mut out = Vec::new();
+    loop {
+        let filled = out.len();
+        let more = (limit + 1 - filled).min(filled.max(SKIP));
+        out.resize(filled + more, 0);
+        let n = decoder.read(&mut input, &mut out[filled..])?;
+        out.truncate(filled + n);
+        if out.len() > limit {
+            return Err(decoder.corrupt(format!("it inflates to more than {limit} bytes")));
+        }
+        if n < more {
+            break;
+        }
+    }
+    if decoder.is_inside() {
+        return Err(InflateError::Truncated { compression, at: decoder.at });
+    }
+    Ok(out)
 }
 
 /// Inflates neighbouring spans from one contiguous piece of the blob, bytes [`compressed_range`]. The decoder

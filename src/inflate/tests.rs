@@ -533,3 +533,120 @@ fn empty_blocks_without_end_keep_memory_flat() {
     assert!(out == plain);
     assert_whole(&table, &blob, &plain);
 }
+
+/// A layer as eStargz and zstd:chunked make it: pieces of files, with headers before and between them. The table names the pieces
+/// only; `per_stream` of them share a stream. Gives the pieces too.
+fn chunked(compression: Compression, per_stream: usize) -> (BlobTable, Vec<u8>, Vec<Vec<u8>>) {
+    let pieces: Vec<Vec<u8>> = (0..9).map(|i| data(100 + i, 1000 + 7_919 * i as usize)).collect();
+    let press = |plain: &[u8]| match compression {
+        Compression::Zstd => zstd::bulk::compress(plain, 3).unwrap(),
+        _ => gzip(plain, 6),
+    };
+    let mut blob = press(&data(1, 512));
+    let (mut spans, mut skips, mut uoff) = (Vec::new(), Vec::new(), 0);
+    for group in pieces.chunks(per_stream) {
+        let coff = blob.len() as u64;
+        let mut plain = Vec::new();
+        for piece in group {
+            if !plain.is_empty() {
+                skips.push((spans.len() as u32, plain.len() as u64));
+            }
+            spans.push(crate::archive::Span {
+                uoff,
+                coff,
+                cend: 0,
+                bits: 0,
+                starts_stream: true,
+                window: (0, 0),
+                digest: Digest::of(piece),
+            });
+            uoff += piece.len() as u64;
+            plain.extend(piece);
+            plain.extend(data(2, 700));
+        }
+        blob.extend(press(&plain));
+        // A stream that the table knows nothing of.
+        blob.extend(press(b"headers"));
+        let cend = blob.len() as u64;
+        spans.iter_mut().filter(|span| span.coff == coff).for_each(|span| span.cend = cend);
+    }
+    let table = BlobTable {
+        digest: Digest::of(&blob),
+        compression,
+        clen: blob.len() as u64,
+        ulen: uoff,
+        diff_id: Digest([0; 32]),
+        spans,
+        windows: Vec::new(),
+        chunks: Some(crate::archive::Chunks { skips }),
+    };
+    (table, blob, pieces)
+}
+
+#[test]
+fn chunks_are_read_alone_and_together_past_what_lies_between_them() {
+    for (compression, per_stream) in
+        [(Compression::Gzip, 1), (Compression::Gzip, 3), (Compression::Zstd, 1), (Compression::Zstd, 4)]
+    {
+        let (table, blob, pieces) = chunked(compression, per_stream);
+        let n = pieces.len() as u32;
+        for ix in 0..n {
+            let span = &table.spans[ix as usize];
+            let alone = inflate_span(&table, SpanIx(ix), &blob[span.coff as usize..span.cend as usize]).unwrap();
+            assert!(alone == pieces[ix as usize]);
+            for to in ix + 1..=n {
+                for step in [1, 1000, usize::MAX] {
+                    let mut inflater = SpanInflater::new(&table, ix..to).unwrap();
+                    let mut got = Vec::new();
+                    for piece in part(&table, ix..to, &blob).chunks(step) {
+                        inflater.push(piece, &mut |at, bytes| got.push((at.0, bytes))).unwrap();
+                    }
+                    inflater.finish().unwrap();
+                    let want: Vec<_> = (ix..to).map(|i| (i, pieces[i as usize].clone())).collect();
+                    assert!(got == want, "{compression} {per_stream} {ix}..{to}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_chunk_that_is_not_what_its_table_says_is_never_handed_on() {
+    let (table, blob, _) = chunked(Compression::Gzip, 3);
+    let n = table.spans.len() as u32;
+    type Edit = fn(&mut BlobTable);
+    let edits: &[Edit] = &[
+        |t| t.spans[4].digest = Digest([7; 32]),
+        |t| t.spans[4].uoff += 1,
+        |t| t.chunks.as_mut().unwrap().skips[2].1 += 1,
+        |t| t.chunks.as_mut().unwrap().skips[2].1 = 0,
+        |t| t.spans[4].coff = 0,
+    ];
+    for (i, edit) in edits.iter().enumerate() {
+        let mut lying = table.clone();
+        edit(&mut lying);
+        let mut wrong = 0;
+        let result = inflate_spans(&lying, 0..n, part(&table, 0..n, &blob), &mut |ix, bytes| {
+            wrong += usize::from(Digest::of(&bytes) != table.spans[ix.0 as usize].digest);
+        });
+        assert!(result.is_err() && wrong == 0, "{i}");
+    }
+}
+
+#[test]
+fn a_whole_stream_is_inflated_up_to_a_limit() {
+    let plain = data(11, 300_000);
+    for (compression, blob) in
+        [(Compression::Gzip, gzip(&plain, 6)), (Compression::Zstd, zstd_frames(&plain, 3, 100_000))]
+    {
+        assert!(inflate_whole(compression, &blob, plain.len()).unwrap() == plain);
+        assert!(inflate_whole(compression, &blob, 1 << 20).unwrap() == plain);
+        let error = inflate_whole(compression, &blob, plain.len() - 1).unwrap_err();
+        assert!(error.to_string().contains("more than 299999 bytes"), "{error}");
+        for cut in [0, 1, 10, blob.len() / 2, blob.len() - 1] {
+            let error = inflate_whole(compression, &blob[..cut], 1 << 20).unwrap_err();
+            assert!(matches!(error, InflateError::Truncated { .. }), "{compression} {cut}: {error}");
+        }
+    }
+    assert!(inflate_whole(Compression::Gzip, b"no gzip at all", 100).is_err());
+}

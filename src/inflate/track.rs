@@ -206,6 +206,6 @@ impl Track {
             spans.push(Span { uoff: cut.uoff, coff, cend: cut.cend, bits, starts_stream, window, digest });
         }
         let digest: Digest = if compression == Compression::None { found.plain } else { found.stored };
-        Ok(BlobTable { digest, compression, clen, ulen: self.uoff, diff_id: found.plain, spans, windows })
+        Ok(BlobTable { digest, compression, clen, ulen: self.uoff, diff_id: found.plain, spans, windows, chunks: None })
     }
 }

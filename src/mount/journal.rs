@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::fs::{Integrity, RootView};
-use crate::source::{Credentials, Location};
+use crate::source::{ArtifactRef, Credentials, Location};
 use crate::units::Digest;
 
 use super::{MountError, MountSpec, TargetSpec, io_error};
@@ -52,10 +52,31 @@ pub(super) struct Record {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "camelCase", rename_all_fields = "camelCase")]
 enum Place {
-    File { path: PathBuf },
-    S3 { endpoint: String, region: String, bucket: String, key: String, path_style: bool },
-    Registry { registry: String, repository: String, digest: Digest },
-    Layout { dir: PathBuf, digest: Digest },
+    File {
+        path: PathBuf,
+    },
+    S3 {
+        endpoint: String,
+        region: String,
+        bucket: String,
+        key: String,
+        path_style: bool,
+    },
+    Registry {
+        registry: String,
+        repository: String,
+        digest: Digest,
+    },
+    /// `reference` as in `oci://registry/repository@sha256:…`, with its separator.
+    Artifact {
+        registry: String,
+        repository: String,
+        reference: String,
+    },
+    Layout {
+        dir: PathBuf,
+        digest: Digest,
+    },
 }
 
 impl From<&Location> for Place {
@@ -66,6 +87,9 @@ impl From<&Location> for Place {
                 Self::S3 { endpoint, region, bucket, key, path_style }
             }
             Location::Registry { registry, repository, digest } => Self::Registry { registry, repository, digest },
+            Location::Artifact { registry, repository, reference } => {
+                Self::Artifact { registry, repository, reference: reference.to_string() }
+            }
             Location::Layout { dir, digest } => Self::Layout { dir, digest },
         }
     }
@@ -79,6 +103,14 @@ impl From<&Place> for Location {
                 Self::S3 { endpoint, region, bucket, key, path_style }
             }
             Place::Registry { registry, repository, digest } => Self::Registry { registry, repository, digest },
+            Place::Artifact { registry, repository, reference } => {
+                let digest = reference.strip_prefix('@').and_then(|text| text.parse().ok());
+                let reference = match digest {
+                    Some(digest) => ArtifactRef::Digest(digest),
+                    None => ArtifactRef::Tag(reference.trim_start_matches([':', '@']).to_owned()),
+                };
+                Self::Artifact { registry, repository, reference }
+            }
             Place::Layout { dir, digest } => Self::Layout { dir, digest },
         }
     }

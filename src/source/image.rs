@@ -21,6 +21,9 @@ const MAX_LAYERS: usize = 512;
 const MAX_MANIFESTS: usize = 4096;
 /// How deep indexes may lie in indexes.
 const MAX_DEPTH: usize = 4;
+/// Media types of an image's configuration.
+const IMAGE_CONFIGS: [&str; 2] =
+    ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
 /// The name under which Docker Hub is known to the Go module, and in archives.
 pub(super) const DOCKER_HUB: &str = "index.docker.io";
 
@@ -240,11 +243,20 @@ async fn finish(
         architecture: String,
         #[serde(default)]
         variant: String,
+        #[serde(default)]
+        rootfs: Option<serde::de::IgnoredAny>,
     }
     let named: Named = serde_json::from_slice(&config).map_err(|e| {
         let kind = manifest.config().media_type();
         invalid(format!("its configuration ({kind}) is not an image's: {e}; is it another kind of artifact?"))
     })?;
+    // Images with a configuration of an odd type are about; what has neither the type nor the content of one is something else.
+    let kind = manifest.config().media_type().to_string();
+    if !IMAGE_CONFIGS.contains(&&*kind) && named.rootfs.is_none() {
+        let artifact = manifest.artifact_type().as_ref().map_or(kind, ToString::to_string);
+        let artifact: String = artifact.chars().take(200).collect();
+        return Err(invalid(format!("is an artifact of the type {artifact:?}, not a container image; name an image")));
+    }
     let filled = |value: String, other: &str| if value.is_empty() { other.to_owned() } else { value };
     let variant = Some(named.variant).filter(|v| !v.is_empty());
     let platform = Platform {
@@ -354,11 +366,19 @@ fn default_variant(arch: &str) -> Option<&'static str> {
     match arch {
         "arm64" => Some("v8"),
         "arm" => Some("v7"),
+        "amd64" => Some("v1"),
         _ => None,
     }
 }
 
-/// The entry for a platform. Where the wish names no variant: the architecture's usual one, then one without, then the first.
+/// How far the variant `has` lies below the variant `wanted`, on which it runs all the same; `None`: it does not.
+fn steps_below(wanted: &str, has: &str) -> Option<u8> {
+    let number = |variant: &str| variant.strip_prefix('v')?.parse::<u8>().ok();
+    number(wanted)?.checked_sub(number(has)?)
+}
+
+/// The entry for a platform. Where the wish names no variant: the architecture's usual one, then one without, then the first. Where it
+/// names one: that, else the nearest below, no variant counting as the usual one.
 pub(super) fn choose<'a>(
     what: &str,
     entries: impl IntoIterator<Item = &'a Descriptor>,
@@ -378,8 +398,11 @@ pub(super) fn choose<'a>(
         }
         match (wanted.variant.as_deref(), p.variant.as_deref()) {
             (Some(w), Some(v)) if w == v => Some(0),
-            (Some(w), None) if Some(w) == usual => Some(1),
-            (Some(_), _) => None,
+            (Some(w), Some(v)) => steps_below(w, v).map(|steps| steps.saturating_mul(2)),
+            // Behind an entry that names that variant.
+            (Some(w), None) => {
+                usual.and_then(|v| steps_below(w, v)).map(|steps| steps.saturating_mul(2).saturating_add(1))
+            }
             (None, v) if v.is_some() && v == usual => Some(0),
             (None, None) => Some(1),
             (None, Some(_)) => Some(2),
@@ -494,6 +517,15 @@ mod tests {
         let error = chosen(&arm, "linux/s390x").unwrap_err().to_string();
         assert!(error.contains("linux/arm/v6") && !error.contains("unknown/"), "{error}");
         assert!(chosen(&arm, "linux/arm/v5").is_err());
+        assert_eq!(chosen(&arm, "linux/arm/v8").unwrap(), "linux/arm/v7", "the nearest below");
+        assert_eq!(chosen(&["linux/arm/v5", "linux/arm/v6"], "linux/arm/v7").unwrap(), "linux/arm/v6");
+        assert_eq!(chosen(&["linux/arm", "linux/arm/v6"], "linux/arm/v7").unwrap(), "linux/arm");
+        assert_eq!(chosen(&["linux/arm", "linux/arm/v7"], "linux/arm/v7").unwrap(), "linux/arm/v7");
+        assert!(chosen(&["linux/arm"], "linux/arm/v6").is_err(), "none is v7");
+        assert_eq!(chosen(&["linux/arm64/v8"], "linux/arm64").unwrap(), "linux/arm64/v8");
+        assert_eq!(chosen(&["linux/arm64"], "linux/arm64/v9").unwrap(), "linux/arm64");
+        assert_eq!(chosen(&["linux/amd64/v3", "linux/amd64"], "linux/amd64/v2").unwrap(), "linux/amd64");
+        assert_eq!(chosen(&["linux/amd64/v3", "linux/amd64"], "linux/amd64").unwrap(), "linux/amd64");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -299,8 +300,17 @@ pub(super) fn delete(path: &Path) -> Result<(), SourceError> {
     }
 }
 
-/// The regular files below `prefix`, at any depth, sorted; an absent directory is empty. Symbolic links are not followed.
-pub(super) fn list(prefix: &Path) -> Result<Vec<PathBuf>, SourceError> {
+/// When a file was last written; `None`: it is not there.
+pub(super) fn written(path: &Path) -> Result<Option<SystemTime>, SourceError> {
+    match std::fs::metadata(path).and_then(|meta| meta.modified()) {
+        Ok(written) => Ok(Some(written)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(SourceError::of_io(path.display(), &e)),
+    }
+}
+
+/// The regular files below `prefix`, at any depth, sorted, with when each was last written; an absent directory is empty. Symbolic links are not followed.
+pub(super) fn list(prefix: &Path) -> Result<Vec<(PathBuf, SystemTime)>, SourceError> {
     let mut found = Vec::new();
     let mut dirs = vec![prefix.to_owned()];
     while let Some(dir) = dirs.pop() {
@@ -313,7 +323,12 @@ pub(super) fn list(prefix: &Path) -> Result<Vec<PathBuf>, SourceError> {
             let entry = entry.map_err(|e| SourceError::of_io(dir.display(), &e))?;
             match entry.file_type() {
                 Ok(t) if t.is_dir() => dirs.push(entry.path()),
-                Ok(t) if t.is_file() => found.push(entry.path()),
+                // One that went since is no file any more.
+                Ok(t) if t.is_file() => {
+                    if let Ok(written) = entry.metadata().and_then(|meta| meta.modified()) {
+                        found.push((entry.path(), written));
+                    }
+                }
                 _ => {}
             }
         }
@@ -415,7 +430,8 @@ mod tests {
         std::fs::write(&from, b"second").unwrap();
         put(&to, &from, false, &|_| {}).unwrap();
         assert_eq!(std::fs::read(&to).unwrap(), b"second");
-        assert_eq!(list(&dir.path().join("deep")).unwrap(), std::slice::from_ref(&to));
+        let listed: Vec<_> = list(&dir.path().join("deep")).unwrap().into_iter().map(|(path, _)| path).collect();
+        assert_eq!(listed, std::slice::from_ref(&to));
         delete(&to).unwrap();
         delete(&to).unwrap();
         assert!(list(&dir.path().join("deep")).unwrap().is_empty());

@@ -18,6 +18,7 @@ pub mod s3;
 use std::fmt::Debug;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -29,6 +30,8 @@ use local::{LocalFile, Roots};
 pub use error::SourceError;
 pub use image::{ImageRef, LayerSource, ResolvedImage, Scope};
 pub use policy::Policy;
+pub use registry::artifact::{Artifact, ArtifactRef, Labels, Subject};
+pub use registry::{Repository, split_oci};
 pub use retry::RetryPolicy;
 
 use crate::units::{Digest, Platform};
@@ -68,19 +71,22 @@ pub enum Location {
     S3 { endpoint: String, region: String, bucket: String, key: String, path_style: bool },
     /// A blob of a repository, by digest. `registry` is a host, with port, with `http://` or `https://` where the archive says so.
     Registry { registry: String, repository: String, digest: Digest },
+    /// An archive that was pushed to a registry: the one layer of an artifact's manifest. `registry` is a host, with port.
+    Artifact { registry: String, repository: String, reference: ArtifactRef },
     /// A blob of an OCI layout directory.
     Layout { dir: PathBuf, digest: Digest },
 }
 
 impl Location {
-    /// Reads `path`, `file://path`, `s3://bucket/key[?endpoint=URL&region=R&path-style=true]`.
+    /// Reads `path`, `file://path`, `s3://bucket/key[?endpoint=URL&region=R&path-style=true]`, `oci://host/repository:tag` and
+    /// `oci://host/repository@sha256:…`.
     ///
     /// A path is taken as it is, colons and all; only a leading `file://` or `s3://` means something. In `s3://` the key is
     /// percent-decoded; in `file://` nothing is.
     pub fn parse_archive(text: &str) -> Result<Self, SourceError> {
         let invalid = |detail: &str| SourceError::Invalid {
             what: format!("archive {:?}", text.chars().take(200).collect::<String>()),
-            detail: format!("{detail}; write a path, file:///path or s3://bucket/key"),
+            detail: format!("{detail}; write a path, file:///path, s3://bucket/key or oci://host/repository@sha256:…"),
         };
         if let Some(path) = text.strip_prefix("file://") {
             return match path.strip_prefix("localhost/").map(|p| format!("/{p}")).unwrap_or(path.to_owned()) {
@@ -90,6 +96,12 @@ impl Location {
         }
         if text.starts_with("s3://") {
             return s3::parse_url(text).map_err(|e| invalid(&e));
+        }
+        if let Some(rest) = text.strip_prefix("oci://") {
+            let Some((registry, repository, reference)) = registry::parse_oci(rest).map_err(|e| invalid(&e))? else {
+                return Err(invalid("names a repository, not an archive in it"));
+            };
+            return Ok(Self::Artifact { registry, repository, reference });
         }
         match text.split_once("://") {
             _ if text.is_empty() => Err(invalid("is empty")),
@@ -110,6 +122,7 @@ impl std::fmt::Display for Location {
                 f.write_str(&s3::format_url(endpoint, region, bucket, key, *path_style))
             }
             Self::Registry { registry, repository, digest } => write!(f, "{registry}/{repository}@{digest}"),
+            Self::Artifact { registry, repository, reference } => write!(f, "oci://{registry}/{repository}{reference}"),
             Self::Layout { dir, digest } => write!(f, "oci:{}@{digest}", dir.display()),
         }
     }
@@ -194,8 +207,23 @@ impl Sources {
             Location::Registry { registry, repository, digest } => {
                 self.registry.blob(registry, repository, digest, credentials).await
             }
+            Location::Artifact { registry, repository, reference } => {
+                let repository = self.repository(registry, repository, credentials).await?;
+                Ok(repository.blob(&repository.artifact(reference).await?))
+            }
             Location::S3 { .. } => self.s3.object(location, credentials).await,
         }
+    }
+
+    /// A repository of a registry, to look for archives in it, and (where these sources are trusted) to put some there.
+    /// Checks the policy; asks the registry nothing yet.
+    pub async fn repository(
+        &self,
+        registry: &str,
+        repository: &str,
+        credentials: &Credentials,
+    ) -> Result<Repository, SourceError> {
+        self.registry.repository(registry, repository, credentials).await
     }
 
     /// Who may share what is fetched from a location with these credentials; checks them on the way. For a registry's blob:
@@ -205,6 +233,9 @@ impl Sources {
             Location::File(_) | Location::Layout { .. } => Ok(Scope::Public),
             Location::Registry { registry, repository, digest } => {
                 self.registry.scope(registry, repository, digest, credentials).await
+            }
+            Location::Artifact { registry, repository, reference } => {
+                self.registry.scope_of_artifact(registry, repository, reference, credentials).await
             }
             Location::S3 { .. } => self.s3.scope(location, credentials).await,
         }
@@ -269,15 +300,44 @@ impl Sources {
 
     /// Keys (S3) or paths (file) below a prefix; `location` names the prefix.
     pub async fn list(&self, prefix: &Location, credentials: &Credentials) -> Result<Vec<Location>, SourceError> {
+        Ok(self.list_with_times(prefix, credentials).await?.into_iter().map(|(location, _)| location).collect())
+    }
+
+    /// [`Self::list`], with when each was last written, by the place's clock.
+    pub async fn list_with_times(
+        &self,
+        prefix: &Location,
+        credentials: &Credentials,
+    ) -> Result<Vec<(Location, SystemTime)>, SourceError> {
         self.writable(prefix)?;
         match prefix {
             Location::File(path) => {
                 let path = path.clone();
-                let paths = local::blocking("list", move || local::list(&path)).await?;
-                Ok(paths.into_iter().map(Location::File).collect())
+                let found = local::blocking("list", move || local::list(&path)).await?;
+                Ok(found.into_iter().map(|(path, written)| (Location::File(path), written)).collect())
             }
             Location::S3 { .. } => self.s3.list(prefix, credentials).await,
             _ => Err(not_a_place(prefix)),
+        }
+    }
+
+    /// When a file or an object was last written, by the place's clock; `None`: it is not there.
+    pub async fn written(
+        &self,
+        location: &Location,
+        credentials: &Credentials,
+    ) -> Result<Option<SystemTime>, SourceError> {
+        self.writable(location)?;
+        match location {
+            Location::File(path) => {
+                let path = path.clone();
+                local::blocking("stat", move || local::written(&path)).await
+            }
+            Location::S3 { .. } => {
+                let listed = self.s3.list(location, credentials).await?;
+                Ok(listed.into_iter().find(|(found, _)| found == location).map(|(_, written)| written))
+            }
+            _ => Err(not_a_place(location)),
         }
     }
 

@@ -4,10 +4,14 @@
 //! (so a volume could reach the metadata service through it), keeps the first login per host for all of its callers, and
 //! reads answers of any length.
 
+pub mod artifact;
 mod auth;
 mod blob;
 mod credentials;
 mod http;
+mod push;
+mod referrers;
+mod repository;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -24,12 +28,13 @@ use super::image::{self, CONFIG_LIMIT, DOCKER_HUB, ImagePlace, MANIFEST_LIMIT, i
 use super::local::blocking;
 use super::policy::SourceConfig;
 use super::retry::{Failure, Label, RetryPolicy};
-use super::{BlobSource, Credentials, ImageRef, ResolvedImage, Scope, SourceError};
+use super::{ArtifactRef, BlobSource, Credentials, ImageRef, ResolvedImage, Scope, SourceError};
 use crate::units::{Digest, Platform};
 use auth::{Endpoint, Session, Slot, Tokens};
 use blob::RegistryBlob;
 use credentials::{Login, canonical_host, login_for};
 use http::Http;
+pub use repository::Repository;
 
 /// The manifests that are understood.
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
@@ -113,6 +118,33 @@ impl Registries {
         Ok(Arc::new(RegistryBlob::new(access, *digest, None, self.0.retry.clone())))
     }
 
+    /// A repository, to look for archives in it and to put some there.
+    pub(super) async fn repository(
+        &self,
+        registry: &str,
+        repository: &str,
+        credentials: &Credentials,
+    ) -> Result<Repository, SourceError> {
+        let access = self.access(registry, repository, credentials).await?;
+        Ok(Repository::new(self.clone(), access))
+    }
+
+    /// Who may share an archive: its manifest is asked for, anonymously and then with the login.
+    pub(super) async fn scope_of_artifact(
+        &self,
+        registry: &str,
+        repository: &str,
+        reference: &ArtifactRef,
+        credentials: &Credentials,
+    ) -> Result<Scope, SourceError> {
+        let access = self.access(registry, repository, credentials).await?;
+        let digest = match reference {
+            ArtifactRef::Digest(digest) => *digest,
+            ArtifactRef::Tag(tag) => Digest::of(&access.manifest(tag, None).await?),
+        };
+        self.scope_by(access, digest, |access| async move { access.has_manifest(&digest).await }).await
+    }
+
     /// Who may share a blob: the first byte is asked for, anonymously and then with the login.
     pub(super) async fn scope(
         &self,
@@ -126,14 +158,24 @@ impl Registries {
             let blob = RegistryBlob::new(access, *digest, None, self.0.retry.clone());
             async move { blob.stat().await.map(|_| ()) }
         };
+        self.scope_by(access, *digest, ask).await
+    }
+
+    /// Public if `ask` succeeds anonymously, private to the login if it does with that one.
+    async fn scope_by<F: Future<Output = Result<(), SourceError>>>(
+        &self,
+        access: Access,
+        digest: Digest,
+        ask: impl Fn(Access) -> F,
+    ) -> Result<Scope, SourceError> {
         let Some(identity) = access.identity else {
-            return access.remembered(digest, None, ask(access.clone())).await.map(|()| Scope::Public);
+            return access.remembered(&digest, None, ask(access.clone())).await.map(|()| Scope::Public);
         };
-        if access.remembered(digest, None, ask(access.anonymous())).await.is_ok() {
+        if access.remembered(&digest, None, ask(access.anonymous())).await.is_ok() {
             return Ok(Scope::Public);
         }
         let login = access.fingerprint();
-        access.remembered(digest, login, ask(access.clone())).await?;
+        access.remembered(&digest, login, ask(access.clone())).await?;
         Ok(Scope::private(&access.authority, &access.repository, &identity))
     }
 
@@ -195,6 +237,7 @@ impl Registries {
                 slot,
                 http: inner.http.clone(),
                 tokens: inner.tokens.clone(),
+                actions: auth::PULL,
                 what: name.clone(),
             });
         }
@@ -292,6 +335,34 @@ impl Inner {
     }
 }
 
+/// `host/repository:tag` and `host/repository@sha256:…`, with the host spelt out; `None` for a bare repository.
+pub(super) fn parse_oci(text: &str) -> Result<Option<(String, String, ArtifactRef)>, String> {
+    let (registry, repository, reference) = split_oci(text)?;
+    Ok(reference.map(|reference| (registry, repository, reference)))
+}
+
+/// Host, repository, and tag or digest where one is named.
+pub fn split_oci(text: &str) -> Result<(String, String, Option<ArtifactRef>), String> {
+    let (host, path) = text.split_once('/').unwrap_or((text, ""));
+    if !(host.contains(['.', ':']) || host == "localhost") || path.is_empty() {
+        return Err("names no registry's host".into());
+    }
+    let image: ImageRef = text.parse().map_err(|e: SourceError| match e {
+        SourceError::Invalid { detail, .. } => detail,
+        other => other.to_string(),
+    })?;
+    let named = path.contains([':', '@']);
+    match image {
+        ImageRef::Registry { registry, repository, digest: Some(digest), .. } => {
+            Ok((registry, repository, Some(ArtifactRef::Digest(digest))))
+        }
+        ImageRef::Registry { registry, repository, tag, .. } => {
+            Ok((registry, repository, tag.filter(|_| named).map(ArtifactRef::Tag)))
+        }
+        _ => Err("names no registry".into()),
+    }
+}
+
 fn read_config(file: &std::path::Path) -> Result<String, SourceError> {
     use std::io::Read;
     let mut text = String::new();
@@ -315,6 +386,16 @@ impl Access {
             session.slot = Arc::default();
         }
         Self { sessions, identity: None, ..self.clone() }
+    }
+
+    /// The origin, for requests that change something there: mirrors are read only.
+    fn origin(&self, actions: &'static str) -> Result<Session, SourceError> {
+        let session = self.sessions.last().filter(|session| !session.endpoint.mirror).cloned();
+        let session = session.ok_or_else(|| SourceError::Invalid {
+            what: self.name.to_string(),
+            detail: "no registry is configured for it".into(),
+        })?;
+        Ok(Session { actions, ..session })
     }
 
     fn fingerprint(&self) -> Option<Digest> {

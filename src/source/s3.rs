@@ -8,6 +8,7 @@ mod upload;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::SystemTime;
 
 use aws_config::environment::EnvironmentVariableRegionProvider;
 use aws_config::imds::region::ImdsRegionProvider;
@@ -178,7 +179,7 @@ impl Stores {
         &self,
         prefix: &Location,
         credentials: &Credentials,
-    ) -> Result<Vec<Location>, SourceError> {
+    ) -> Result<Vec<(Location, SystemTime)>, SourceError> {
         let Location::S3 { endpoint, region, bucket, path_style, .. } = prefix else { return Ok(Vec::new()) };
         let a = self.access(prefix, credentials).await?;
         let (mut found, mut next) = (Vec::new(), None::<String>);
@@ -189,12 +190,17 @@ impl Stores {
                 page.map_err(|e| client::failure(&a.name, e))
             };
             let page = self.0.retry.run(Label::S3, &a.name, 0, page).await?;
-            found.extend(page.contents().iter().filter_map(|o| o.key()).map(|key| Location::S3 {
-                endpoint: endpoint.clone(),
-                region: region.clone(),
-                bucket: bucket.clone(),
-                key: key.to_owned(),
-                path_style: *path_style,
+            found.extend(page.contents().iter().filter_map(|object| {
+                let location = Location::S3 {
+                    endpoint: endpoint.clone(),
+                    region: region.clone(),
+                    bucket: bucket.clone(),
+                    key: object.key()?.to_owned(),
+                    path_style: *path_style,
+                };
+                // One that does not say when counts as written now: the clean-up leaves it.
+                let written = object.last_modified().and_then(|at| SystemTime::try_from(*at).ok());
+                Some((location, written.unwrap_or_else(SystemTime::now)))
             }));
             next = page.next_continuation_token().map(str::to_owned);
             if next.is_none() || page.is_truncated() != Some(true) {

@@ -9,6 +9,12 @@ fn archives_are_named_by_path_or_url() {
         key: key.into(),
         path_style,
     };
+    let digest = Digest::of(b"manifest");
+    let artifact = |registry: &str, repository: &str, reference| Location::Artifact {
+        registry: registry.into(),
+        repository: repository.into(),
+        reference,
+    };
     for (text, want) in [
         ("a:b/c.clip", Location::File("a:b/c.clip".into())),
         ("file:///a/b%20.clip", Location::File("/a/b%20.clip".into())),
@@ -17,6 +23,9 @@ fn archives_are_named_by_path_or_url() {
         ("s3://b/k?endpoint=http%3A%2F%2Fh%3A9000&region=eu&path-style=true", s3("http://h:9000", "eu", "k", true)),
         ("s3://b/k?endpoint=http://h:9000", s3("http://h:9000", "", "k", false)),
         ("s3://b/a&b=c", s3("", "", "a&b=c", false)),
+        ("oci://ghcr.io/a/b:t", artifact("ghcr.io", "a/b", ArtifactRef::Tag("t".into()))),
+        ("oci://127.0.0.1:5000/a:t", artifact("127.0.0.1:5000", "a", ArtifactRef::Tag("t".into()))),
+        (&*format!("oci://ghcr.io/a/b@{digest}"), artifact("ghcr.io", "a/b", ArtifactRef::Digest(digest))),
     ] {
         let parsed = Location::parse_archive(text).unwrap();
         assert_eq!(parsed, want);
@@ -31,6 +40,11 @@ fn archives_are_named_by_path_or_url() {
         "s3://b/k?x=y",
         "s3://b/k?endpoint=h",
         "s3://b/k?path-style=1",
+        "oci://",
+        "oci://ghcr.io/a/b",
+        "oci://a/b:t",
+        "oci://ghcr.io/a/b@sha256:00",
+        "oci://ghcr.io/A:t",
     ] {
         assert_eq!(Location::parse_archive(bad).unwrap_err().kind(), "invalid", "{bad}");
     }

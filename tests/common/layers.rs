@@ -112,6 +112,11 @@ impl Layer {
         self.file(&format!("{dir}/.wh..wh..opq"), b"")
     }
 
+    /// Its uncompressed bytes.
+    pub fn into_tar(self) -> Vec<u8> {
+        self.tar.into_inner().unwrap()
+    }
+
     /// (media type, stored bytes, diff ID).
     fn finish(self) -> (&'static str, Vec<u8>, Digest) {
         let tar = self.tar.into_inner().unwrap();
@@ -133,8 +138,25 @@ impl Layer {
     }
 }
 
+/// A layer as it is stored.
+pub struct Stored {
+    pub media_type: String,
+    pub bytes: Vec<u8>,
+    pub diff_id: Digest,
+    pub annotations: serde_json::Value,
+}
+
 /// Writes an OCI layout with one image, tagged `latest`; gives its manifest digest and its layers' digests and sizes.
 pub fn write_layout(dir: &Path, layers: Vec<Layer>) -> (Digest, Vec<(Digest, u64)>) {
+    let stored = layers.into_iter().map(|layer| {
+        let (media_type, bytes, diff_id) = layer.finish();
+        Stored { media_type: media_type.into(), bytes, diff_id, annotations: json!({}) }
+    });
+    write_stored(dir, stored)
+}
+
+/// [`write_layout`] of layers as they come.
+pub fn write_stored(dir: &Path, layers: impl IntoIterator<Item = Stored>) -> (Digest, Vec<(Digest, u64)>) {
     let blobs = dir.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
     let put = |bytes: &[u8]| {
@@ -143,10 +165,13 @@ pub fn write_layout(dir: &Path, layers: Vec<Layer>) -> (Digest, Vec<(Digest, u64
         digest
     };
     let (mut descriptors, mut diff_ids, mut written) = (vec![], vec![], vec![]);
-    for layer in layers {
-        let (media_type, bytes, diff_id) = layer.finish();
+    for Stored { media_type, bytes, diff_id, annotations } in layers {
         let digest = put(&bytes);
-        descriptors.push(json!({"mediaType": media_type, "digest": digest, "size": bytes.len()}));
+        let mut descriptor = json!({"mediaType": media_type, "digest": digest, "size": bytes.len()});
+        if annotations.as_object().is_some_and(|map| !map.is_empty()) {
+            descriptor["annotations"] = annotations;
+        }
+        descriptors.push(descriptor);
         diff_ids.push(diff_id);
         written.push((digest, bytes.len() as u64));
     }

@@ -7,6 +7,7 @@ pub mod http_fault;
 pub mod image;
 pub mod layers;
 pub mod node;
+pub mod proxy;
 pub mod registry;
 pub mod s3;
 pub mod skip;

@@ -45,6 +45,7 @@ pub struct FakeMounts {
     pub recovering: Gate,
     recoveries: AtomicUsize,
     pub shut_down: AtomicBool,
+    pub abnormal: Mutex<Option<String>>,
 }
 
 impl FakeMounts {
@@ -79,7 +80,7 @@ impl Mounts for FakeMounts {
         if !self.published.lock().unwrap().contains_key(target) {
             return Err(MountError::NotPublished { path: target.to_owned() });
         }
-        Ok(VolumeStats { bytes: 4096, inodes: 7, abnormal: None })
+        Ok(VolumeStats { bytes: 4096, inodes: 7, abnormal: self.abnormal.lock().unwrap().clone() })
     }
     async fn recover(&self) -> Recovery {
         self.recoveries.fetch_add(1, Ordering::SeqCst);
@@ -96,6 +97,8 @@ pub struct FakeImages {
     pub building: Gate,
     pub requests: Mutex<Vec<Request>>,
     pub fails: Mutex<Option<SourceError>>,
+    /// v2 can't be built: v1 is.
+    pub falls_back: AtomicBool,
 }
 
 pub const MANIFEST: Digest = Digest([0xab; 32]);
@@ -114,7 +117,8 @@ impl Images for FakeImages {
         if let Some(error) = self.fails.lock().unwrap().clone() {
             return Err(error.into());
         }
-        let file = ArchiveStore::file_name(&MANIFEST, &request.platform, request.version);
+        let version = if self.falls_back.load(Ordering::SeqCst) { Version::V1 } else { request.version };
+        let file = ArchiveStore::file_name(&MANIFEST, &request.platform, version);
         Ok(Provided {
             location: Location::File(Path::new("/archives").join(file)),
             pin: None,
@@ -122,6 +126,9 @@ impl Images for FakeImages {
             scope: request.credentials.identity.map_or(Scope::Public, Scope::Private),
             from: "built",
         })
+    }
+    async fn content_bytes(&self, _: &Provided) -> Result<u64, BuildError> {
+        Ok(123_456_789)
     }
     fn progress(&self, _: &ImageRef) -> Option<String> {
         Some("layer 2 of 5, 34 %".into())
@@ -151,7 +158,7 @@ impl Volumes for FakeVolumes {
         self.records.lock().unwrap().remove(id);
         Ok(())
     }
-    async fn put(&self, name: &str, _: &Path) -> Result<(), BuildError> {
+    async fn put(&self, name: &str, _: Option<&Path>, _: &ImageRef) -> Result<(), BuildError> {
         self.stored.lock().unwrap().push(name.to_owned());
         Ok(())
     }

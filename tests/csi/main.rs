@@ -2,6 +2,7 @@
 
 mod controller;
 mod fakes;
+mod kube;
 mod node;
 mod registration;
 
@@ -22,6 +23,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::transport::{Channel, Endpoint};
 
+use clip_csi::k8s::fake::FakeKube;
+use clip_csi::k8s::{Kubernetes, Recorder};
 use fakes::{FakeImages, FakeMounts, FakeVolumes};
 
 /// Nothing here takes longer unless it is broken.
@@ -34,6 +37,7 @@ struct Server {
     mounts: Arc<FakeMounts>,
     images: Arc<FakeImages>,
     volumes: Arc<FakeVolumes>,
+    kube: Arc<FakeKube>,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinHandle<Result<(), CsiError>>,
 }
@@ -54,6 +58,14 @@ impl Server {
         Self::node_with(|_| {}, Readiness::new(Vec::new())).await
     }
 
+    /// A node that talks to `kube`, and whose startup taint is of this key.
+    async fn node_of(kube: Arc<FakeKube>, taint: &str) -> Self {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let config = config(dir.path());
+        let kubernetes = Kubernetes { startup_taint: Some(taint.into()), ..kubernetes(&kube) };
+        Self::launch_node(dir, config, Arc::default(), Readiness::new(Vec::new()), kube, kubernetes).await
+    }
+
     async fn node_with(change: impl FnOnce(&mut CsiConfig), readiness: Readiness) -> Self {
         let dir = Arc::new(tempfile::tempdir().unwrap());
         let mut config = config(dir.path());
@@ -67,37 +79,59 @@ impl Server {
         mounts: Arc<FakeMounts>,
         readiness: Readiness,
     ) -> Self {
+        let kube = Arc::<FakeKube>::default();
+        let kubernetes = kubernetes(&kube);
+        Self::launch_node(dir, config, mounts, readiness, kube, kubernetes).await
+    }
+
+    async fn launch_node(
+        dir: Arc<tempfile::TempDir>,
+        config: CsiConfig,
+        mounts: Arc<FakeMounts>,
+        readiness: Readiness,
+        kube: Arc<FakeKube>,
+        kubernetes: Kubernetes,
+    ) -> Self {
         let images = Arc::<FakeImages>::default();
         let context = NodeContext {
             config: config.clone(),
             clip_version: ClipVersion::new(Some(2)).unwrap(),
             mounts: mounts.clone(),
             images: images.clone(),
+            kubernetes,
             readiness,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(serve_node(context, async { drop(stopped.await) }));
         // Recovery begins once the socket is bound.
         wait_for("recovery", || mounts.recoveries() > 0 || serving.is_finished()).await;
-        Self { dir, config, mounts, images, volumes: Arc::default(), stop: Some(stop), serving }
+        Self { dir, config, mounts, images, volumes: Arc::default(), kube, stop: Some(stop), serving }
     }
 
     async fn controller(store: bool) -> Self {
+        Self::controller_over(store.then(Arc::default), Arc::default(), true).await
+    }
+
+    /// A controller over these volumes (none: no store), with or without the API.
+    async fn controller_over(store: Option<Arc<FakeVolumes>>, kube: Arc<FakeKube>, api: bool) -> Self {
         let dir = Arc::new(tempfile::tempdir().unwrap());
         let config = config(dir.path());
-        let (images, volumes) = (Arc::<FakeImages>::default(), Arc::<FakeVolumes>::default());
+        let images = Arc::<FakeImages>::default();
+        let volumes = store.clone().unwrap_or_default();
+        let kubernetes = if api { kubernetes(&kube) } else { Kubernetes::default() };
         let context = ControllerContext {
             config: config.clone(),
             clip_version: ClipVersion::new(Some(2)).unwrap(),
             images: images.clone(),
-            volumes: store.then(|| volumes.clone() as _),
-            readiness: Readiness::controller(store.then(|| volumes.clone() as _)),
+            volumes: store.clone().map(|volumes| volumes as _),
+            readiness: Readiness::controller(store.map(|volumes| volumes as _), kubernetes.api.clone()),
+            kubernetes,
         };
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(serve_controller(context, async { drop(stopped.await) }));
         let socket = config.socket_path().unwrap();
         wait_for("the socket", || socket.exists()).await;
-        Self { dir, config, mounts: Arc::default(), images, volumes, stop: Some(stop), serving }
+        Self { dir, config, mounts: Arc::default(), images, volumes, kube, stop: Some(stop), serving }
     }
 
     fn socket(&self) -> PathBuf {
@@ -140,6 +174,11 @@ impl Server {
             ..Default::default()
         }
     }
+}
+
+fn kubernetes(kube: &Arc<FakeKube>) -> Kubernetes {
+    let events = Recorder::start(kube.clone(), "clip.csi.beam.cloud", "node-1");
+    Kubernetes { api: Some(kube.clone()), events, startup_taint: None }
 }
 
 async fn dial(socket: &Path) -> Channel {

@@ -8,7 +8,7 @@ use crate::skip::needs;
 use crate::{derived, read, root};
 
 /// Files below tests/install/values: what the chart is rendered with.
-const SETS: &[&str] = &["default", "provisioning", "everything"];
+const SETS: &[&str] = &["default", "provisioning", "registry", "everything"];
 
 fn helm(args: &[&str]) -> Output {
     let mut command = Command::new("helm");
@@ -222,6 +222,9 @@ fn rights_are_no_more_than_what_is_used() {
     for never in ["secrets", "nodes", "pods"] {
         assert!(!controller.iter().any(|grant| grant.ends_with(never)), "{controller:?}");
     }
+    // ConfigMaps are for the records of volumes where the store is a registry, and only there.
+    let configmaps = |set: &str| rendered(set).contains("resources: [configmaps]");
+    assert!(configmaps("registry") && !configmaps("provisioning"));
     let objects = objects(&rendered("everything"));
     let policy = find(&objects, "ValidatingAdmissionPolicy", "images-node");
     let text = serde_yaml_ng::to_string(policy).unwrap();

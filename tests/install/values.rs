@@ -109,7 +109,6 @@ const OF_THE_CHART: &[&str] = &[
     "imageService.archiveDir",
     "imageService.archiveMaxBytes",
     "k8s.enabled",
-    "k8s.events",
     "k8s.kubeconfig",
     "k8s.namespace",
     "k8s.removeStartupTaint",

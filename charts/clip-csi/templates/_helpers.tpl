@@ -64,7 +64,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- mul $number $factor -}}
 {{- end -}}
 
-{{/* The sections of the configuration that node and controller share. Takes (dict "root" $ "archives" size). */}}
+{{/* The sections of the configuration that node and controller share. Takes (dict "root" $ "archives" size "node" true or false). */}}
 {{- define "clip-csi.config" -}}
 {{- $images := .root.Values.config.imageService -}}
 {{- $sources := .root.Values.config.sources -}}
@@ -79,6 +79,9 @@ imageService:
   {{- end }}
   spanKib: {{ $images.spanKib | int64 }}
   checkpointMib: {{ $images.checkpointMib | int64 }}
+  tablesOfContents: {{ $images.tablesOfContents }}
+  referrers: {{ $images.referrers }}
+  archiveGraceHours: {{ $images.archiveGraceHours | int64 }}
 sources:
   archiveRoots: {{ toJson $sources.archiveRoots }}
   {{- if $sources.s3 }}
@@ -93,6 +96,10 @@ sources:
   {{- else }}
   registries: {}
   {{- end }}
+k8s:
+  events: {{ .root.Values.config.k8s.events }}
+  removeStartupTaint: {{ and .node .root.Values.startupTaint.enabled }}
+  startupTaint: {{ .root.Values.startupTaint.key }}
 csi:
   driverName: {{ .root.Values.driverName }}
   kubeletDir: {{ .root.Values.kubeletDir | quote }}
@@ -105,7 +112,7 @@ telemetry:
 {{- end -}}
 
 {{- define "clip-csi.nodeConfig" -}}
-{{ include "clip-csi.config" (dict "root" . "archives" .Values.node.archives.size) }}
+{{ include "clip-csi.config" (dict "root" . "archives" .Values.node.archives.size "node" true) }}
 cache:
   dir: /var/lib/clip-csi/cache
   maxBytes: {{ include "clip-csi.bytes" .Values.node.cache.size }}
@@ -116,7 +123,7 @@ mounts:
 {{- end -}}
 
 {{- define "clip-csi.controllerConfig" -}}
-{{ include "clip-csi.config" (dict "root" . "archives" .Values.controller.archives.size) }}
+{{ include "clip-csi.config" (dict "root" . "archives" .Values.controller.archives.size "node" false) }}
 {{- end -}}
 
 {{/* Alive is: the process answers. Ready is: it can do its work. Start-up may take a while where the cache is large. */}}

@@ -45,6 +45,7 @@ fn seek_table() -> SeekTable {
             diff_id: Digest::of(b"0123456789"),
             spans: vec![span],
             windows: Vec::new(),
+            chunks: None,
         }],
     }
 }

@@ -20,6 +20,7 @@ fn table() -> SeekTable {
         diff_id: Digest::of(b"u"),
         spans,
         windows: b"windows".to_vec(),
+        chunks: None,
     };
     let stored = BlobTable {
         digest: Digest::of(b"s"),
@@ -29,6 +30,7 @@ fn table() -> SeekTable {
         diff_id: Digest::of(b"s"),
         spans: vec![span(0, 0, 100), span(100, 100, 300)],
         windows: Vec::new(),
+        chunks: None,
     };
     let empty = BlobTable { clen: 0, ulen: 0, spans: Vec::new(), ..stored.clone() };
     SeekTable { blobs: vec![gzip, stored, empty] }
@@ -124,21 +126,71 @@ fn unknown_parts_are_ignored_or_refused_by_name_as_they_say() {
     assert!(matches!(SeekTable::decode(&newer), Err(ArchiveError::Unsupported { .. })));
 }
 
+/// The gzip blob as one of chunks: the second and the third share a stream.
+fn chunked() -> SeekTable {
+    let mut table = table();
+    let blob = &mut table.blobs[0];
+    blob.spans = vec![span(0, 20, 400), span(1000, 399, 900), span(2500, 399, 900)];
+    blob.spans.iter_mut().for_each(|span| span.starts_stream = true);
+    (blob.windows, blob.chunks) = (Vec::new(), Some(Chunks { skips: vec![(1, 7), (2, 2000)] }));
+    let mut second = blob.clone();
+    second.chunks = Some(Chunks { skips: vec![(2, 1500)] });
+    table.blobs.push(second);
+    table
+}
+
+#[test]
+fn a_table_of_chunks_round_trips_and_is_frozen() {
+    let table = chunked();
+    let bytes = table.encode();
+    assert_eq!(SeekTable::decode(&bytes).unwrap(), table);
+    let chunks = table.blobs[0].chunks.as_ref().unwrap();
+    assert_eq!([0, 1, 2, 3].map(|ix| chunks.skip(ix)), [0, 7, 2000, 0]);
+    assert_eq!(bytes[12], 3, "one section more than without chunks");
+    // Two blobs; the first is number 0 with two skips, span 1 by 7 and one further by 2000; the second 3 further with one.
+    assert!(bytes.ends_with(&[2, 0, 2, 1, 7, 1, 0xd0, 0x0f, 3, 1, 2, 0xdc, 0x0b]), "{}", hex::encode(&bytes));
+}
+
+#[test]
+fn chunks_that_contradict_themselves_are_refused() {
+    type Edit = fn(&mut BlobTable);
+    let edits: &[(&str, Edit)] = &[
+        ("no stream", |b| b.spans[0].starts_stream = false),
+        ("overlap in their stream", |b| b.chunks = Some(Chunks { skips: vec![(1, 7), (2, 1506)] })),
+        ("far into their stream", |b| b.chunks = Some(Chunks { skips: vec![(0, chunks::MAX_SKIP + 1)] })),
+        ("of no span", |b| b.chunks = Some(Chunks { skips: vec![(3, 1)] })),
+        ("twice", |b| b.chunks = Some(Chunks { skips: vec![(1, 1), (1, 1)] })),
+        ("stored", |b| b.compression = Compression::None),
+    ];
+    for (name, edit) in edits {
+        let mut table = chunked();
+        edit(&mut table.blobs[0]);
+        assert!(matches!(SeekTable::decode(&table.encode()), Err(ArchiveError::Corrupt { .. })), "{name}");
+    }
+    let bytes = chunked().encode();
+    let mut more = bytes.clone();
+    let at = more.len() - 13;
+    more[at] = 3;
+    assert!(SeekTable::decode(&more).is_err(), "a blob that does not come");
+}
+
 #[test]
 fn truncated_tables_are_refused_at_every_length() {
-    let bytes = table().encode();
-    for len in 0..bytes.len() {
-        assert!(SeekTable::decode(&bytes[..len]).is_err(), "{len} of {}", bytes.len());
+    for bytes in [table().encode(), chunked().encode()] {
+        for len in 0..bytes.len() {
+            assert!(SeekTable::decode(&bytes[..len]).is_err(), "{len} of {}", bytes.len());
+        }
     }
 }
 
 #[test]
 fn flipped_bits_never_panic() {
-    let bytes = table().encode();
-    for bit in 0..bytes.len() * 8 {
-        let mut bytes = bytes.clone();
-        bytes[bit / 8] ^= 1 << (bit % 8);
-        let _ = SeekTable::decode(&bytes);
+    for bytes in [table().encode(), chunked().encode()] {
+        for bit in 0..bytes.len() * 8 {
+            let mut bytes = bytes.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let _ = SeekTable::decode(&bytes);
+        }
     }
 }
 
@@ -165,6 +217,7 @@ prop_compose! {
             diff_id: Digest([seed ^ 1; 32]),
             spans,
             windows,
+            chunks: None,
         }
     }
 }

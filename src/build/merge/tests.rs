@@ -84,6 +84,30 @@ fn names_that_can_be_neither_whiteout_nor_file_are_refused() {
 }
 
 #[test]
+fn a_hard_link_to_a_later_file_stays_where_it_was_put_when_its_path_comes_to_lead_elsewhere() {
+    let lower = Tar::new().dir("usr").symlink("lib", "usr");
+    let upper = Tar::new().hardlink("lib/x", "later").dir("lib").file("later", "2");
+    let want = ["/: dir 755", "/later: file 2", "/lib: dir 755", "/usr: dir 755", "/usr/x: file 2 =/later"];
+    assert_eq!(merge(&[lower.clone(), upper]), want);
+    let nowhere = Tar::new().hardlink("lib/x", "nowhere").dir("lib");
+    assert!(fails(&[lower, nowhere]).contains("/nowhere, which is in no layer"));
+}
+
+#[test]
+fn what_aufs_kept_for_itself_is_dropped_whatever_its_names_and_never_lands_elsewhere() {
+    let odd = Tar::new()
+        .file("a", "1")
+        .file(".wh..wh.plnk/.wh.x/.wh.y", "2")
+        .file(".wh..wh.plnk/n", "3")
+        .hardlink("l", ".wh..wh.plnk/n");
+    assert_eq!(merge(&[odd]), ["/: dir 755", "/a: file 1", "/l: file 3"]);
+    for path in [".wh..wh.s/.wh.x", ".wh..wh.s/.wh.x/y"] {
+        let message = fails(&[Tar::new().dir("etc").symlink(".wh..wh.s", "etc").file(path, "")]);
+        assert!(message.contains(path) && message.contains("AUFS"), "{message}");
+    }
+}
+
+#[test]
 fn replacement_drops_the_subtree_and_directories_merge() {
     let lower = Tar::new().dir("d").file("d/x", "1").dir("e").file("e/x", "1").file("f", "1").symlink("s", "d");
     let mut dir = Header::new(b'5', "e/");

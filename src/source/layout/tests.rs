@@ -27,7 +27,8 @@ impl Made {
     }
 
     fn image(&self, arch: &str) -> serde_json::Value {
-        let config = self.blob(format!(r#"{{"os":"linux","architecture":"{arch}"}}"#).as_bytes());
+        let mut config = self.blob(format!(r#"{{"os":"linux","architecture":"{arch}"}}"#).as_bytes());
+        config["mediaType"] = "application/vnd.oci.image.config.v1+json".into();
         let layer = self.blob(format!("layer of {arch}").as_bytes());
         let manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": [layer]});
         let mut descriptor = self.blob(manifest.to_string().as_bytes());
@@ -110,6 +111,31 @@ async fn nested_indexes_are_walked_and_attestations_ignored() {
     assert_eq!(made.resolve(None, "linux/arm64").await.unwrap().platform.arch, "arm64");
     assert_eq!(made.resolve(None, "linux/amd64").await.unwrap().platform.arch, "amd64");
     assert!(made.resolve(None, "linux/riscv64").await.unwrap_err().to_string().contains("linux/arm64"));
+}
+
+#[tokio::test]
+async fn what_is_no_image_is_refused_by_its_type() {
+    let resolve = |config: &'static str, config_type: &'static str, artifact: Option<&'static str>| async move {
+        let mut made = Made::new();
+        let mut config = made.blob(config.as_bytes());
+        config["mediaType"] = config_type.into();
+        let mut manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": [made.blob(b"chart")]});
+        if let Some(artifact) = artifact {
+            manifest["artifactType"] = artifact.into();
+        }
+        made.add(made.blob(manifest.to_string().as_bytes()), None);
+        made.resolve(None, "linux/amd64").await
+    };
+    let helm = "application/vnd.cncf.helm.config.v1+json";
+    let sbom = "application/spdx+json";
+    for (config_type, artifact, named) in [(helm, None, helm), ("application/vnd.oci.empty.v1+json", Some(sbom), sbom)]
+    {
+        let error = resolve("{}", config_type, artifact).await.unwrap_err();
+        assert_eq!(error.kind(), "invalid");
+        assert!(error.to_string().contains(named) && error.to_string().contains("not a container image"), "{error}");
+    }
+    let odd = resolve(r#"{"os":"linux","rootfs":{"diff_ids":[]}}"#, "application/octet-stream", None).await;
+    assert_eq!(odd.unwrap().platform.os, "linux", "an image by its content");
 }
 
 #[tokio::test]

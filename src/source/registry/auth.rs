@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use http::header::WWW_AUTHENTICATE;
@@ -67,6 +68,7 @@ struct Key {
     authority: String,
     repository: Arc<str>,
     login: Option<Digest>,
+    actions: &'static str,
 }
 
 /// An Authorization header and its end.
@@ -115,9 +117,18 @@ pub(super) struct Session {
     pub(super) slot: Arc<Slot>,
     pub(super) http: Arc<Http>,
     pub(super) tokens: Arc<Tokens>,
+    /// What a token is asked for: [`PULL`] and more.
+    pub(super) actions: &'static str,
     /// For messages.
     pub(super) what: Arc<str>,
 }
+
+/// The actions of a token for reading.
+pub(super) const PULL: &str = "pull";
+/// And for writing.
+pub(super) const PUSH: &str = "pull,push";
+/// And for deleting.
+pub(super) const DELETE: &str = "pull,push,delete";
 
 impl Session {
     /// One request below `/v2/<repository>/`, with a token if the registry asks for one. A 401 of the registry itself renews
@@ -129,18 +140,35 @@ impl Session {
         path: &str,
         headers: HeaderMap,
     ) -> Result<reqwest::Response, Failure> {
-        let base = &self.endpoint.base;
-        let mut url = base
-            .join(&format!("v2/{}/{path}", self.repository))
-            .map_err(|e| SourceError::Invalid { what: what.into(), detail: e.to_string() })?;
+        let mut url = self.url(what, path)?;
         if let Some(origin) = self.namespace() {
             url.query_pairs_mut().append_pair("ns", &origin);
         }
+        self.send_to(what, method, url, headers, None).await
+    }
+
+    /// The URL of something below `/v2/<repository>/`.
+    pub(super) fn url(&self, what: &str, path: &str) -> Result<Url, SourceError> {
+        let url = self.endpoint.base.join(&format!("v2/{}/{path}", self.repository));
+        url.map_err(|e| SourceError::Invalid { what: what.into(), detail: e.to_string() })
+    }
+
+    /// [`Self::send`] to a URL that the registry named, which may lie elsewhere: the token goes to the registry only.
+    pub(super) async fn send_to(
+        &self,
+        what: &str,
+        method: Method,
+        url: Url,
+        headers: HeaderMap,
+        body: Option<Bytes>,
+    ) -> Result<reqwest::Response, Failure> {
+        let base = &self.endpoint.base;
         let login = self.slot.get();
         let key = Key {
             authority: self.endpoint.authority.clone(),
             repository: self.repository.clone(),
             login: login.as_ref().map(Login::fingerprint),
+            actions: self.actions,
         };
         let mut renewed = false;
         loop {
@@ -151,6 +179,7 @@ impl Session {
                 headers: headers.clone(),
                 authorization: used.clone().map(|header| (base, header)),
                 form: None,
+                body: body.clone(),
             };
             let response = self.http.send(what, request).await?;
             let asks = response.status().as_u16() == 401 && web::same_origin(response.url(), base);
@@ -227,7 +256,8 @@ impl Session {
         if login.is_some() {
             self.check_realm(&what, &url)?;
         }
-        let mut fields: Vec<(&'static str, String)> = vec![("scope", format!("repository:{}:pull", self.repository))];
+        let scope = format!("repository:{}:{}", self.repository, self.actions);
+        let mut fields: Vec<(&'static str, String)> = vec![("scope", scope)];
         fields.extend(service.map(|service| ("service", service)));
         let mut request = Request {
             method: Method::GET,
@@ -235,6 +265,7 @@ impl Session {
             headers: HeaderMap::new(),
             authorization: None,
             form: None,
+            body: None,
         };
         match login {
             Some(Login::Refresh(token)) => {
@@ -397,6 +428,7 @@ mod tests {
             slot: Arc::default(),
             http: Arc::new(Http::new(trusted, &SourceConfig::default())),
             tokens: Arc::default(),
+            actions: PULL,
             what: "x".into(),
         };
         session.check_realm("x", &Url::parse(realm).unwrap()).is_ok()

@@ -123,8 +123,14 @@ impl Inner {
     async fn get(&self, want: &Want) -> Result<reqwest::Response, Failure> {
         Label::Registry.count_request();
         if let Some(url) = self.storage() {
-            let request =
-                Request { method: Method::GET, url, headers: Self::headers(want), authorization: None, form: None };
+            let request = Request {
+                method: Method::GET,
+                url,
+                headers: Self::headers(want),
+                authorization: None,
+                form: None,
+                body: None,
+            };
             match self.access.http().send(&self.name, request).await {
                 Ok(response) if web::is_success(response.status()) => {
                     self.judge(&response, want)?;

@@ -48,6 +48,8 @@ pub(super) struct Request<'a> {
     pub(super) authorization: Option<(&'a Url, HeaderValue)>,
     /// A form to post.
     pub(super) form: Option<Vec<(&'static str, String)>>,
+    /// Bytes to send. A request that has some follows no redirect.
+    pub(super) body: Option<Bytes>,
 }
 
 impl Http {
@@ -117,9 +119,13 @@ impl Http {
                 let body = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(form).finish();
                 builder = builder.header(http::header::CONTENT_TYPE, "application/x-www-form-urlencoded").body(body);
             }
+            if let Some(body) = &request.body {
+                builder = builder.body(body.clone());
+            }
             let response = builder.send().await.map_err(|e| send_error(what, &url, e))?;
+            let bare = request.form.is_none() && request.body.is_none();
             let next = match response.status().as_u16() {
-                301 | 302 | 303 | 307 | 308 if request.form.is_none() => response.headers().get(LOCATION),
+                301 | 302 | 303 | 307 | 308 if bare => response.headers().get(LOCATION),
                 _ => return Ok(response),
             };
             url = next_hop(what, &url, next.and_then(|value| value.to_str().ok()))?;
@@ -129,7 +135,7 @@ impl Http {
 }
 
 /// Where a redirect leads: never from TLS to plain HTTP.
-fn next_hop(what: &str, from: &Url, location: Option<&str>) -> Result<Url, Failure> {
+pub(super) fn next_hop(what: &str, from: &Url, location: Option<&str>) -> Result<Url, Failure> {
     let next = location
         .and_then(|text| from.join(text).ok())
         .ok_or_else(|| Failure::corrupt(what, format!("a redirect of {} leads nowhere", host_of(from))))?;
