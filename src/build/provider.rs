@@ -348,7 +348,7 @@ impl Provider {
                 Err(error) => warn!(image = %image.reference, %error, "archive store is no help: building here"),
             }
         }
-        if let Some(path) = self.from_referrer(image, credentials).await {
+        if let Some(path) = self.beside_image(image, credentials).await {
             self.clean_up(&path);
             return Ok(Made { location: Location::File(path.clone()), file: Some(path), from: "referrer" });
         }

@@ -295,7 +295,7 @@ mod tests {
     fn windows() -> Vec<(Sparse, Vec<u8>)> {
         let mut out = Vec::new();
         for (len, every) in [(WINDOW, 1000), (WINDOW, 7), (WINDOW, 1), (5000, 40), (1, 1), (WINDOW, WINDOW)] {
-            let window: Vec<u8> = (0..len).map(|i| (i * i >> 5) as u8 | 1).collect();
+            let window: Vec<u8> = (0..len).map(|i| ((i * i) >> 5) as u8 | 1).collect();
             let needed: Vec<bool> = (0..len).map(|i| i % every < every.div_ceil(2)).collect();
             let mut want = vec![0; WINDOW];
             let kept = window.iter().zip(&needed).map(|(byte, needed)| if *needed { *byte } else { 0 });

@@ -18,7 +18,7 @@ fn entry(n: u64) -> TarEntry {
         xattrs: vec![(b"security.capability".to_vec(), vec![0, 255]), (b"user.x".to_vec(), Vec::new())],
         size: 5_000,
         offset: 512 + n,
-        extents: (n % 2 == 0).then(|| vec![Extent { offset: 0, len: 512, blob_offset: 1024 }]),
+        extents: n.is_multiple_of(2).then(|| vec![Extent { offset: 0, len: 512, blob_offset: 1024 }]),
     }
 }
 

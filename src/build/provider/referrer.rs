@@ -47,7 +47,7 @@ impl Misses {
 
 impl Provider {
     /// Fetches the index beside an image into `archive_dir`. Whatever goes wrong is logged and counted: then one is built.
-    pub(super) async fn from_referrer(&self, image: &ResolvedImage, credentials: &Credentials) -> Option<PathBuf> {
+    pub(super) async fn beside_image(&self, image: &ResolvedImage, credentials: &Credentials) -> Option<PathBuf> {
         let ImageRef::Registry { registry, repository, .. } = &image.reference else { return None };
         if !self.inner.config.referrers {
             return None;

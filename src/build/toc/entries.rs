@@ -363,7 +363,10 @@ fn timestamp(text: Option<&str>) -> Result<Option<Timestamp>, String> {
     Ok(Some(Timestamp { sec: time.unix_timestamp(), nsec: time.nanosecond() }))
 }
 
-fn xattrs(raw: &Raw<'_>) -> Result<Vec<(Vec<u8>, Vec<u8>)>, String> {
+/// Names and values.
+type Xattrs = Vec<(Vec<u8>, Vec<u8>)>;
+
+fn xattrs(raw: &Raw<'_>) -> Result<Xattrs, String> {
     let mut out = Vec::new();
     for (name, value) in raw.xattrs.iter().flatten() {
         let value = base64::engine::general_purpose::STANDARD.decode(&**value);

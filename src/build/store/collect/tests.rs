@@ -148,7 +148,7 @@ impl Records for Actor {
 
 impl World {
     fn actor(&self, turns: &[bool]) -> Actor {
-        Actor { world: self.clone(), turns: Arc::new(Mutex::new(turns.to_vec().into_iter())) }
+        Actor { world: self.clone(), turns: Arc::new(Mutex::new(Vec::from(turns).into_iter())) }
     }
 }
 
