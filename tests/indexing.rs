@@ -116,7 +116,8 @@ async fn a_layer_that_two_images_share_is_streamed_once() {
     // At the same time, so that neither finds what the other has kept before it asks.
     let (a, b) =
         tokio::join!(index_image(&one, &out_one, &options, &Silent), index_image(&two, &out_two, &options, &Silent));
-    (a.unwrap(), b.unwrap());
+    a.unwrap();
+    b.unwrap();
     assert_eq!(gets(&server, &shared).len(), 1);
     // And later, in another process' words: other options, the same directory.
     let again = BuildOptions { indexing: self::options(1, Some(&kept)).indexing, ..options.clone() };

@@ -333,7 +333,17 @@ async fn a_controller_is_ready_when_store_and_api_answer() {
     let server = Server::controller(true).await;
     let what = "get /version".to_owned();
     server.kube.fail("reachable", KubeError::Unavailable { what, detail: "timeout".into() });
-    let status = server.identity_client().await.probe(ProbeRequest {}).await.unwrap_err();
+    let mut identity = server.identity_client().await;
+    // An answer is kept for some seconds, the one from the start too.
+    let refused = async {
+        loop {
+            match identity.probe(ProbeRequest {}).await {
+                Err(status) => break status,
+                Ok(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
+            }
+        }
+    };
+    let status = tokio::time::timeout(PATIENCE, refused).await.unwrap();
     assert!(status.message().contains("kubernetes: ") && status.message().contains("timeout"), "{}", status.message());
 }
 

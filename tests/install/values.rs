@@ -108,6 +108,8 @@ const OF_THE_CHART: &[&str] = &[
     "csi.register",
     "imageService.archiveDir",
     "imageService.archiveMaxBytes",
+    "imageService.indexConcurrency",
+    "imageService.layerCacheMaxBytes",
     "k8s.enabled",
     "k8s.kubeconfig",
     "k8s.namespace",
