@@ -154,7 +154,7 @@ pub(super) fn number(field: &[u8]) -> Option<i64> {
 }
 
 /// Linux' 32-bit `dev_t`: 12 bits of major number, 20 of minor, packed as `makedev` does.
-pub(in crate::build) fn device(major: i64, minor: i64) -> Result<u32, String> {
+pub(in super::super) fn device(major: i64, minor: i64) -> Result<u32, String> {
     match (u32::try_from(major), u32::try_from(minor)) {
         (Ok(major), Ok(minor)) if major < 1 << 12 && minor < 1 << 20 => {
             Ok((minor & 0xff) | major << 8 | (minor & !0xff) << 12)
