@@ -8,7 +8,7 @@
 //! oci://host/repo  tag <manifest digest>-<platform>-v<N>                       an artifact whose layer is the archive
 //! referrer         an artifact in the image's own repository that refers to the image's manifest
 //! ```
-//! Nodes and controllers need no coordination beyond "create if absent"; see [`shelf`] for how archives go again.
+//! Nodes and controllers need no coordination beyond "create if absent"; see `shelf` for how archives go again.
 
 mod collect;
 mod facts;

@@ -5,7 +5,7 @@
 //! each position holds a pair of bytes that names it. Where the two outputs differ, they name a position of the
 //! window; where they agree, the byte came out of the compressed data itself. No other position is kept.
 //!
-//! Windows are packed several at a time ([`pack_group`]): neighbours share words, and their positions and their bytes each
+//! Windows are packed several at a time (`Packer::pack`): neighbours share words, and their positions and their bytes each
 //! have statistics of their own. A *group* of n windows is
 //!
 //! ```text
