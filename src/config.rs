@@ -521,7 +521,8 @@ mod tests {
         let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
         let docs = std::fs::read_to_string(docs).unwrap();
         for var in ENVIRONMENT {
-            assert!(docs.contains(var.name), "docs/configuration.md does not name {}", var.name);
+            let row = format!("| `{}` | `{}`", var.name, var.key);
+            assert!(docs.contains(&row), "docs/configuration.md does not say {row}");
         }
         let value = serde_json::to_value(Config::default()).unwrap();
         for (section, keys) in value.as_object().unwrap() {

@@ -91,6 +91,11 @@ impl ArchiveStore {
         format!("archives/{}", Self::file_name(manifest, platform, version))
     }
 
+    /// The platform in an archive's name; `None`: no name of ours.
+    pub fn platform_of(name: &str) -> Option<Platform> {
+        manifest_of(name.rsplit('/').next().unwrap_or(name)).and_then(|(_, platform, _)| platform)
+    }
+
     /// Where a name lies, whether it exists or not; `None` in a store beside images, where only the image says it.
     pub fn location(&self, name: &str) -> Option<Location> {
         match &self.place {

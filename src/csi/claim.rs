@@ -44,6 +44,16 @@ pub enum ClaimError {
         /// Kind and name.
         what: String,
     },
+    /// The claim of that name is another one by now.
+    #[error(
+        "claim {claim} was deleted and made anew since volume {volume} was asked for; nothing is provisioned for the old one"
+    )]
+    Replaced {
+        /// Namespace and name of the claim.
+        claim: String,
+        /// The volume's name.
+        volume: String,
+    },
     /// An annotation says what the class has said.
     #[error("annotation {PREFIX}{name} of claim {claim}: the StorageClass fixes {name}; remove the annotation")]
     Fixed {
@@ -138,6 +148,26 @@ pub(super) async fn read(api: &dyn KubeApi, requester: &Requester) -> Result<Cla
     claim.ok_or_else(|| ClaimError::Gone { what: format!("claim {namespace}/{name}") })
 }
 
+/// The provisioner names a volume after its claim's uid: what a claim of the same name that came later says is not for it. A
+/// provisioner that was told to name volumes otherwise gives nothing to compare.
+pub(super) fn check_uid(volume: &str, requester: &Requester, claim: &Claim) -> Result<(), ClaimError> {
+    let is_uid = |text: &str| {
+        let bytes = text.as_bytes();
+        let shape = |(at, byte): (usize, &u8)| match at {
+            8 | 13 | 18 | 23 => *byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        };
+        bytes.len() == 36 && bytes.iter().enumerate().all(shape)
+    };
+    let named = volume.get(volume.len().saturating_sub(36)..).filter(|uid| is_uid(uid));
+    match named {
+        Some(uid) if !uid.eq_ignore_ascii_case(&claim.uid) => {
+            Err(ClaimError::Replaced { claim: requester.claim(), volume: volume.to_owned() })
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What Events about a claim name.
 pub(super) fn object(requester: &Requester, claim: &Claim) -> Object {
     Object {
@@ -156,7 +186,7 @@ pub(super) async fn annotations(
     claim: &Claim,
 ) -> Result<BTreeMap<String, String>, RequestError> {
     let requester = &parameters.requester;
-    let of = || [&requester.namespace, &requester.name].map(|part| part.clone().unwrap_or_default()).join("/");
+    let of = || requester.claim();
     let class = claim.annotations.get(CLASS_ANNOTATION).or(claim.storage_class.as_ref()).cloned().unwrap_or_default();
     let gone = || ClaimError::Gone { what: format!("StorageClass {class:?} of claim {}", of()) };
     if class.is_empty() {

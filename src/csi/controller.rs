@@ -113,6 +113,7 @@ impl ControllerService {
         }
         let api = self.kubernetes.api.as_deref().ok_or(ClaimError::NoApi).map_err(RequestError::from)?;
         let claim = claim::read(api, requester).await.map_err(RequestError::from)?;
+        claim::check_uid(name, requester, &claim).map_err(RequestError::from)?;
         let said = claim::annotations(api, parameters, &claim).await?;
         Ok(parameters.with(said).map_err(RequestError::from)?)
     }
@@ -319,7 +320,9 @@ fn context(attributes: &Attributes, record: &VolumeRecord, volumes: &dyn Volumes
                 tag: None,
                 digest: Some(digest),
             };
-            let platform = attributes.platform.clone().unwrap_or_else(Platform::host);
+            // The record's: another controller may have made it, on another machine.
+            let recorded = || ArchiveStore::platform_of(name);
+            let platform = attributes.platform.clone().or_else(recorded).unwrap_or_else(Platform::host);
             let version = if name.ends_with("-v2.clip") { "2" } else { "1" };
             context.insert("image".to_owned(), pinned.to_string());
             context.insert("platform".to_owned(), platform.to_string());

@@ -154,7 +154,7 @@ impl Classify for ClaimError {
     fn classify(&self) -> (Code, &'static str) {
         match self {
             Self::NoApi | Self::NoMetadata | Self::OtherClass { .. } => (Code::FailedPrecondition, "invalid"),
-            Self::Gone { .. } => (Code::NotFound, "not_found"),
+            Self::Gone { .. } | Self::Replaced { .. } => (Code::NotFound, "not_found"),
             Self::Fixed { .. } | Self::Layout { .. } => (Code::InvalidArgument, "invalid"),
             Self::ForeignSecret { .. } => (Code::PermissionDenied, "refused"),
             Self::Api(api) => api.classify(),

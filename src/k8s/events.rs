@@ -70,7 +70,7 @@ pub struct Event {
 
 impl Event {
     /// The object of core/v1, which `kubectl describe` and `kubectl events` both show.
-    pub(super) fn to_json(&self) -> Value {
+    pub fn to_json(&self) -> Value {
         let at = OffsetDateTime::from(self.at).replace_nanosecond(0).ok().and_then(|at| at.format(&Rfc3339).ok());
         let severity = match self.severity {
             Severity::Normal => "Normal",

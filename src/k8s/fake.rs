@@ -88,6 +88,14 @@ impl FakeKube {
         self.state().taint(node, json!({ "key": key, "effect": effect }));
     }
 
+    /// Replaces a node's taints, as its administrator would: its version changes.
+    pub fn put_taints(&self, node: &str, taints: &[Value]) {
+        let mut state = self.state();
+        let (version, there) = state.nodes.entry(node.to_owned()).or_default();
+        *version += 1;
+        *there = taints.to_vec();
+    }
+
     /// Adds this taint just before the next [`KubeApi::set_taints`] is done.
     pub fn race_taint(&self, node: &str, key: &str, effect: &str) {
         self.state().racing = Some((node.to_owned(), json!({ "key": key, "effect": effect })));

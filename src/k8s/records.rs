@@ -49,7 +49,7 @@ fn failed(error: KubeError) -> BuildError {
     let what = "volume records in the Kubernetes API".to_owned();
     let detail = error.to_string();
     let error = match error {
-        KubeError::Denied { .. } => SourceError::Refused { what, detail },
+        KubeError::Denied { .. } => SourceError::Denied { what, detail },
         KubeError::Unavailable { .. } => SourceError::Unavailable { what, tries: 1, detail },
         _ => SourceError::Io { what, detail },
     };

@@ -1,4 +1,4 @@
-//! The API, one test body for the fake and for a real server; and what is made of it, over the fake.
+//! What is made of the API, over the fake. The API itself, fake and real, is tested by tests/k8s.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,111 +30,6 @@ fn record(seed: &str) -> VolumeRecord {
         "created": 1,
     }))
     .unwrap()
-}
-
-/// What holds of every API. Everything that it makes has a name of its own and is deleted again.
-async fn behaves(api: Arc<dyn KubeApi>, salt: &str) {
-    api.reachable().await.unwrap();
-    assert_eq!(api.claim("default", &format!("no-claim-{salt}")).await.unwrap(), None);
-    assert_eq!(api.class_parameters(&format!("no-class-{salt}")).await.unwrap(), None);
-    assert_eq!(api.node_drivers(&format!("no-node-{salt}")).await.unwrap(), Vec::<String>::new());
-    let gone = api.taints(&format!("no-node-{salt}")).await.unwrap_err();
-    assert!(matches!(gone, KubeError::NotFound { .. }), "{gone}");
-
-    let records = ConfigMapRecords::new(api.clone(), &format!("d-{salt}"));
-    let (a, b) = (record(&format!("a-{salt}")), record(&format!("b-{salt}")));
-    assert_eq!(records.create(&a).await.unwrap(), None);
-    let other = VolumeRecord { name: "other".into(), ..a.clone() };
-    assert_eq!(records.create(&other).await.unwrap(), Some(a.clone()), "the first one holds");
-    assert_eq!(records.create(&b).await.unwrap(), None);
-    let mut listed = records.list().await.unwrap();
-    listed.sort_by(|x, y| x.name.cmp(&y.name));
-    assert_eq!(listed, [a.clone(), b.clone()]);
-    assert_eq!(
-        ConfigMapRecords::new(api.clone(), "another").list().await.unwrap(),
-        [],
-        "another driver's are not ours"
-    );
-    for id in [&a.id, &a.id, &b.id] {
-        records.delete(id).await.unwrap();
-    }
-    assert_eq!(records.get(&a.id).await.unwrap(), None);
-    assert_eq!(records.list().await.unwrap(), []);
-
-    let pod = Object { kind: "Pod", namespace: "default".into(), name: format!("p-{salt}"), uid: salt.into() };
-    let event = events::Event {
-        name: format!("p-{salt}.1"),
-        object: pod,
-        severity: Severity::Normal,
-        reason: "ForTest",
-        message: "nothing happened".into(),
-        component: "clip-csi-test".into(),
-        instance: "here".into(),
-        at: std::time::SystemTime::now(),
-    };
-    api.create_event(&event).await.unwrap();
-}
-
-/// Two controllers create the same record at once: one of them wins, both learn of the winner.
-async fn one_wins(api: Arc<dyn KubeApi>, salt: &str) {
-    let records = ConfigMapRecords::new(api, &format!("d-{salt}"));
-    let one = record(&format!("race-{salt}"));
-    let other = VolumeRecord { name: "other".into(), ..one.clone() };
-    let (first, second) = tokio::join!(records.create(&one), records.create(&other));
-    let outcome = (first.unwrap(), second.unwrap());
-    assert!(outcome == (None, Some(one.clone())) || outcome == (Some(other), None), "{outcome:?}");
-    records.delete(&one.id).await.unwrap();
-}
-
-#[tokio::test]
-async fn the_fake_behaves_as_an_api_server() {
-    behaves(Arc::new(FakeKube::default()), "fake").await;
-    one_wins(Arc::new(FakeKube::default()), "fake").await;
-}
-
-/// Needs a cluster: `CLIP_CSI_TEST_KUBECONFIG` names the kubeconfig of an administrator.
-#[tokio::test]
-async fn a_real_api_server_behaves_as_the_fake() {
-    let Some(path) = std::env::var_os("CLIP_CSI_TEST_KUBECONFIG") else {
-        skipped("k8s::tests::a_real_api_server_behaves_as_the_fake", "CLIP_CSI_TEST_KUBECONFIG is not set");
-        return;
-    };
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let config =
-        KubeConfig { kubeconfig: Some(path.into()), namespace: Some("default".into()), ..KubeConfig::default() };
-    let api = connect(&config).await.unwrap().unwrap();
-    let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
-    let salt = format!("{nanos:x}");
-    behaves(api.clone(), &salt).await;
-    one_wins(api.clone(), &salt).await;
-    // The taint, on whatever node there is: CSINode lists a driver that we name.
-    if let Some(node) = std::env::var_os("CLIP_CSI_TEST_NODE") {
-        let node = node.to_str().unwrap();
-        let before = api.taints(node).await.unwrap();
-        let mut with = before.clone();
-        with.taints.push(serde_json::json!({ "key": format!("{TAINT}-{salt}"), "effect": "PreferNoSchedule" }));
-        api.set_taints(node, &with).await.unwrap();
-        let stale = api.set_taints(node, &before).await.unwrap_err();
-        assert!(matches!(stale, KubeError::Conflict { .. }), "what was read before a change is refused: {stale}");
-        let driver = api.node_drivers(node).await.unwrap().into_iter().next();
-        if let Some(driver) = driver {
-            let taint = StartupTaint { api: api.clone(), node: node.into(), driver, key: format!("{TAINT}-{salt}") };
-            in_time(taint.remove()).await;
-            assert_eq!(api.taints(node).await.unwrap().taints, before.taints);
-        } else {
-            let now = api.taints(node).await.unwrap();
-            api.set_taints(node, &Taints { taints: before.taints, ..now }).await.unwrap();
-        }
-    }
-}
-
-/// As tests/common/skip.rs has it, which a test inside of the library can't reach.
-fn skipped(test: &str, reason: &str) {
-    use std::io::Write as _;
-    let line = format!("SKIPPED: {test}: {reason}\n");
-    let _ = std::io::stderr().write_all(line.as_bytes());
-    let Some(file) = std::env::var_os("CLIP_TEST_SKIPS") else { return };
-    std::fs::OpenOptions::new().append(true).create(true).open(file).unwrap().write_all(line.as_bytes()).unwrap();
 }
 
 #[tokio::test]
@@ -183,7 +78,7 @@ async fn a_record_that_can_not_be_read_fails_the_listing_and_the_cause_keeps_its
     assert!(matches!(error, BuildError::Source(SourceError::Unavailable { .. })), "{error}");
     api.fail("config_maps", KubeError::Denied { what: what(), detail: "forbidden".into() });
     let error = records.list().await.unwrap_err();
-    assert!(matches!(error, BuildError::Source(SourceError::Refused { .. })), "{error}");
+    assert!(matches!(error, BuildError::Source(SourceError::Denied { .. })), "{error}");
 }
 
 fn startup_taint(api: &Arc<FakeKube>) -> StartupTaint {

@@ -73,6 +73,18 @@ async fn a_volume_is_pinned_stored_recorded_and_understood_by_the_node() {
 }
 
 #[tokio::test]
+async fn a_volume_that_a_controller_on_another_machine_recorded_keeps_its_platform() {
+    let server = Server::controller(true).await;
+    let first = created(&server, create("pvc-1", &[IMAGE])).await;
+    let (here, other) = (Platform::host().to_string().replace('/', "-"), "linux-riscv64");
+    if let Some(record) = server.volumes.records.lock().unwrap().get_mut(&first.volume_id) {
+        record.archive = record.archive.as_ref().map(|archive| archive.replace(&here, other));
+    }
+    let again = created(&server, create("pvc-1", &[IMAGE])).await;
+    assert_eq!(again.volume_context["platform"], "linux/riscv64");
+}
+
+#[tokio::test]
 async fn the_same_name_is_the_same_volume_and_other_parameters_are_refused() {
     let server = Server::controller(true).await;
     let first = created(&server, create("pvc-1", &[IMAGE])).await;

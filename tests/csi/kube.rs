@@ -9,7 +9,7 @@ use clip_csi::csi::proto::v1::volume_capability::access_mode::Mode;
 use clip_csi::csi::proto::v1::{CreateVolumeRequest, NodeGetVolumeStatsRequest, ProbeRequest, Volume};
 use clip_csi::k8s::events::Event;
 use clip_csi::k8s::fake::FakeKube;
-use clip_csi::k8s::{Claim, KubeError};
+use clip_csi::k8s::{Claim, KubeApi as _, KubeError};
 use clip_csi::source::{Scope, SourceError};
 use tonic::{Code, Status};
 
@@ -111,6 +111,18 @@ async fn a_volume_stays_what_it_was_created_as_when_its_claim_changes() {
     assert_eq!(other.images.asked(), 0);
     let taken = create("pvc-1", &[("image", IMAGE)]);
     refused(&other, taken, Code::AlreadyExists, &["other parameters"]).await;
+}
+
+#[tokio::test]
+async fn a_claim_that_was_made_anew_has_no_say_in_its_predecessors_volume() {
+    let server = Server::controller(true).await;
+    let (old, new) = ("0a1b2c3d-0000-4000-8000-00000000000a", "0a1b2c3d-0000-4000-8000-00000000000b");
+    put(&server.kube, &[("clip.csi.beam.cloud/image", IMAGE)], &[ALLOW]);
+    let claim = server.kube.claim("team", "claim").await.unwrap().unwrap();
+    server.kube.put_claim("team", "claim", Claim { uid: new.into(), ..claim });
+    let words = ["team/claim", "made anew"];
+    refused(&server, create(&format!("pvc-{old}"), &[ALLOW]), Code::NotFound, &words).await;
+    send(&server, create(&format!("pvc-{new}"), &[ALLOW])).await.unwrap();
 }
 
 #[tokio::test]

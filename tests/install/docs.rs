@@ -5,6 +5,7 @@ use std::path::Path;
 
 use clip_csi::config::Config;
 use clip_csi::metrics::TABLE;
+use serde_json::Value;
 
 use crate::{read, root};
 
@@ -35,16 +36,39 @@ fn the_dashboard_asks_for_metrics_that_exist() {
     serde_json::from_str::<serde_json::Value>(&text).unwrap();
 }
 
+/// How docs/configuration.md writes a default.
+fn written(default: &Value) -> Vec<String> {
+    let nothing = || ["none", "unset", "off", "the pod's own"].map(String::from).to_vec();
+    let gib = |bytes: u64| (bytes > 0 && bytes.is_multiple_of(1 << 30)).then(|| format!("{} GiB", bytes >> 30));
+    match default {
+        // What nothing means differs: a file, a place, a server.
+        Value::Null => nothing(),
+        Value::String(text) if text.is_empty() => nothing(),
+        Value::Array(list) if list.is_empty() => vec!["none".into()],
+        Value::Object(map) if map.is_empty() => vec!["none".into()],
+        Value::Number(number) => vec![number.as_u64().and_then(gib).unwrap_or_else(|| number.to_string())],
+        Value::String(text) => vec![format!("`{text}`")],
+        other => vec![other.to_string()],
+    }
+}
+
 /// The other direction is a test of src/config.rs.
 #[test]
-fn every_documented_key_of_the_configuration_exists() {
+fn every_documented_key_of_the_configuration_exists_with_its_default() {
     let config = serde_json::to_value(Config::default()).unwrap();
     let docs = read("docs/configuration.md");
     let mut seen = 0;
     for line in docs.lines().filter_map(|line| line.strip_prefix("| `")) {
         let Some((key, _)) = line.split_once('`') else { continue };
         let Some((section, name)) = key.split_once('.') else { continue };
-        assert!(config[section].get(name).is_some(), "docs/configuration.md: {key} is no key");
+        let default = config[section].get(name).unwrap_or_else(|| panic!("docs/configuration.md: {key} is no key"));
+        let told = line.split(" | ").nth(1).unwrap_or_default().trim();
+        // Of a place that follows from others, how is told.
+        let follows = told.starts_with("`<kubeletDir>/");
+        assert!(
+            follows || written(default).iter().any(|word| word == told),
+            "{key}: {told} is documented, {default} is it"
+        );
         seen += 1;
     }
     assert!(seen > 20, "{seen}");

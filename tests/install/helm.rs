@@ -103,6 +103,7 @@ fn a_typo_or_a_value_of_another_shape_fails_the_installation_and_is_named() {
     needs!("helm");
     let digest = "image.digest=sha256:abc";
     let cases: &[(&str, &[&str])] = &[
+        ("fullnameOverride=a-name-of-forty-five-characters-is-one-too-long", &["/fullnameOverride"]),
         ("nodes.hostNetwork=true", &["nodes"]),
         ("node.hostnetwork=true", &["/node", "hostnetwork"]),
         ("node.hostNetwork=yes", &["/node/hostNetwork"]),
@@ -248,6 +249,21 @@ fn only_the_node_plugin_is_privileged_and_nobody_can_write_to_a_root() {
                 assert_eq!(at(pod, "securityContext/runAsNonRoot").as_bool().unwrap_or_default(), !node, "{set}");
             }
         }
+    }
+}
+
+/// Of a Service: a DNS label.
+#[test]
+fn names_fit_however_long_the_release_is_called() {
+    needs!("helm");
+    let long = "r".repeat(53);
+    let values = "tests/install/values/everything.yaml";
+    let args = ["template", &long, "charts/clip-csi", "--values", values, "--set", "fullnameOverride="];
+    let output = helm(&args);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for object in objects(&String::from_utf8(output.stdout).unwrap()) {
+        let name = at(&object, "metadata/name").as_str().unwrap();
+        assert!(name.len() <= 63 && !name.ends_with('-'), "{} {name}", object["kind"].as_str().unwrap());
     }
 }
 

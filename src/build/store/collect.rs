@@ -1,5 +1,6 @@
 //! The clean-up: which archives nobody needs any more, and deleting them beside others that put and delete.
 
+use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::manifest_of;
@@ -27,10 +28,19 @@ pub(super) fn unneeded<'a>(
     now: SystemTime,
     grace: Duration,
 ) -> Vec<&'a Stored> {
+    // By digest: with many volumes and archives, comparing each with each would take minutes.
+    let mut by_digest = HashMap::<&str, BTreeSet<&str>>::new();
+    for archive in records.iter().filter_map(|record| record.archive.as_deref()) {
+        let words = archive.split(|c: char| !c.is_ascii_hexdigit()).filter(|word| word.len() == 64);
+        for digest in words {
+            by_digest.entry(digest).or_default().insert(archive);
+        }
+    }
     let named = |file: &str| {
         // A record may name the archive by its whole location as well, or as a tag, without the ending.
         let stem = file.strip_suffix(".clip").unwrap_or(file);
-        records.iter().filter_map(|record| record.archive.as_deref()).any(|archive| archive.contains(stem))
+        let digest = stem.split('-').next().unwrap_or_default();
+        by_digest.get(digest).is_some_and(|archives| archives.iter().any(|archive| archive.contains(stem)))
     };
     let free = |archive: &&Stored| {
         let file = archive.name.strip_prefix("archives/").unwrap_or_default();
