@@ -424,7 +424,7 @@ impl Provider {
         let mut files: Vec<_> = entries
             .flatten()
             .filter(|entry| entry.path().extension().is_some_and(|e| e == "clip"))
-            .filter_map(|entry| entry.metadata().ok().map(|meta| (meta.modified().ok(), meta.len(), entry.path())))
+            .filter_map(|entry| entry.metadata().ok().map(|meta| (meta.accessed().ok(), meta.len(), entry.path())))
             .collect();
         files.sort();
         let mut total: u64 = files.iter().map(|(_, len, _)| len).sum();
@@ -448,9 +448,10 @@ impl Provider {
     }
 }
 
-/// Marks an archive as used now; its order in the clean-up is all that hangs on it.
+/// Marks an archive as used now; its order in the clean-up is all that hangs on it. By the time of access: that of the last
+/// change says, to those who are reading the archive, whether it is still the same.
 fn touch(path: &Path) {
-    if let Ok(file) = std::fs::File::options().append(true).open(path) {
-        let _ = file.set_modified(std::time::SystemTime::now());
+    if let Ok(file) = std::fs::File::open(path) {
+        let _ = file.set_times(std::fs::FileTimes::new().set_accessed(std::time::SystemTime::now()));
     }
 }
