@@ -15,6 +15,7 @@ use clip_csi::units::Compression;
 use common::layers::{self, Layer};
 use common::node::{Node, unmount_below};
 use common::registry::Registry;
+use common::skip;
 use serde_json::json;
 
 /// Interleaved rounds of each pair; medians are told.
@@ -25,6 +26,9 @@ const ABSENT_LOOKUPS: usize = 100_000;
 #[tokio::main]
 async fn main() {
     if std::env::args().any(|arg| arg == "--test") {
+        return;
+    }
+    if skip::lacks_fuse("bench mounted") || skip::lacks("bench mounted", &["docker-registry"]) {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use clip_csi::units::Digest;
 use common::registry::Registry;
+use common::skip;
 use serde_json::json;
 use sha2::Digest as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -37,6 +38,9 @@ const IMAGE: (&str, &str) = ("bench/numpy", "v1");
 async fn main() {
     // `cargo test --benches` builds this, and runs it with `--test`.
     if std::env::args().any(|arg| arg == "--test") {
+        return;
+    }
+    if skip::lacks_fuse("bench sweep") || skip::lacks("bench sweep", &["docker-registry", "chroot"]) {
         return;
     }
     let given = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).map(PathBuf::from);

@@ -18,6 +18,7 @@ use crate::telemetry::{self, TelemetryConfig};
 
 /// The smallest cache: below it, a node would evict what it is about to read.
 const MIN_CACHE_BYTES: u64 = 64 << 20;
+const MIN_FILL_BYTES: u64 = 16 << 20;
 /// The smallest archive directory: the index of one large image must fit.
 const MIN_ARCHIVE_BYTES: u64 = 64 << 20;
 /// Span sizes in KiB that make sense: below, the table outgrows its use; above, most of what is fetched is not wanted.
@@ -322,6 +323,9 @@ impl Config {
         if cache.max_bytes < MIN_CACHE_BYTES {
             return invalid("cache.maxBytes", cache.max_bytes, "write at least 67108864 (64 MiB)");
         }
+        if cache.fill_bytes < MIN_FILL_BYTES {
+            return invalid("cache.fillBytes", cache.fill_bytes, "write at least 16777216 (16 MiB)");
+        }
         if !(1..=100).contains(&cache.high_watermark) {
             return invalid("cache.highWatermark", cache.high_watermark, "write a percentage from 1 to 100");
         }
@@ -464,6 +468,7 @@ mod tests {
             ("imageService: { indexConcurrency: 300 }", "imageService.indexConcurrency", "300"),
             ("cache: { dir: /a/../b }", "cache.dir", "/a/../b"),
             ("cache: { maxBytes: 1000 }", "cache.maxBytes", "1000"),
+            ("cache: { fillBytes: 1048576 }", "cache.fillBytes", "1048576"),
             ("cache: { highWatermark: 101 }", "cache.highWatermark", "101"),
             ("cache: { lowWatermark: 90 }", "cache.lowWatermark", "90"),
             ("mounts: { mountsDir: x }", "mounts.mountsDir", "x"),

@@ -37,3 +37,8 @@ pub mod mount;
 pub mod source;
 pub mod telemetry;
 pub mod units;
+
+// The one list of what was skipped, for the tests in here too.
+#[cfg(test)]
+#[path = "../tests/common/skip.rs"]
+mod skip;

@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 #[path = "common/skip.rs"]
 mod skip;
@@ -328,14 +328,15 @@ impl Running {
     }
 
     fn code(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                return status.code();
-            }
-            assert!(Instant::now() < deadline, "it does not end");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let pid = rustix::process::Pid::from_raw(self.0.id().try_into().unwrap()).unwrap();
+        let (say, ended) = std::sync::mpsc::channel();
+        // Waits without taking the status away from the handle.
+        std::thread::spawn(move || {
+            let end = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+            say.send(rustix::process::waitid(rustix::process::WaitId::Pid(pid), end).is_ok())
+        });
+        assert_eq!(ended.recv_timeout(Duration::from_secs(60)), Ok(true), "it does not end");
+        self.0.wait().unwrap().code()
     }
 }
 
@@ -344,16 +345,6 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// Root, and a /dev/fuse that opens.
-fn can_mount(test: &str) -> bool {
-    let fuse = fs::File::options().read(true).write(true).open("/dev/fuse");
-    let good = rustix::process::geteuid().is_root() && fuse.is_ok();
-    if !good {
-        skip::skipped(test, "it takes root and /dev/fuse");
-    }
-    good
 }
 
 fn mounts_below(dir: &Path) -> Vec<String> {
@@ -382,9 +373,7 @@ fn nothing_is_left(dir: &Path) {
 
 #[test]
 fn mount_serves_until_a_signal_and_unmounts() {
-    if !can_mount("mount_serves_until_a_signal_and_unmounts") {
-        return;
-    }
+    skip::needs!(fuse);
     let f = Fixture::new();
     let at = f.dir.path().join("mnt");
     fs::create_dir(&at).unwrap();
@@ -410,9 +399,7 @@ fn the_demo_without_mounts_reads_through_the_library_and_says_so_first() {
 
 #[test]
 fn the_demo_publishes_compares_and_leaves_nothing() {
-    if !can_mount("the_demo_publishes_compares_and_leaves_nothing") {
-        return;
-    }
+    skip::needs!(fuse);
     let tmp = tempfile::tempdir().unwrap();
     let output = clip().args(["demo", "--size-mib", "3"]).env("TMPDIR", tmp.path()).output().unwrap();
     let text = stdout(&output);
@@ -423,9 +410,7 @@ fn the_demo_publishes_compares_and_leaves_nothing() {
 
 #[test]
 fn an_interrupted_demo_leaves_nothing() {
-    if !can_mount("an_interrupted_demo_leaves_nothing") {
-        return;
-    }
+    skip::needs!(fuse);
     let tmp = tempfile::tempdir().unwrap();
     let mut command = clip();
     command.args(["demo", "--size-mib", "8"]).env("TMPDIR", tmp.path()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -434,4 +419,58 @@ fn an_interrupted_demo_leaves_nothing() {
     demo.signal(rustix::process::Signal::INT);
     assert_eq!(demo.code(), Some(130));
     nothing_is_left(tmp.path());
+}
+
+/// The children of a process.
+fn children_of(pid: u32) -> Vec<i32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok()).collect::<String>();
+    lists.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_demo_that_fails_says_so_and_leaves_nothing() {
+    skip::needs!(fuse);
+    let tmp = tempfile::tempdir().unwrap();
+    let mut command = clip();
+    command.args(["demo", "--size-mib", "64"]).env("TMPDIR", tmp.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut demo = Running(command.spawn().unwrap());
+    demo.wait_for("plugin     ");
+    // Its node plugin dies under it, while it publishes.
+    let plugin = children_of(demo.0.id());
+    assert_eq!(plugin.len(), 1, "the node plugin is its only child");
+    let pid = rustix::process::Pid::from_raw(plugin[0]).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let mut said = String::new();
+    demo.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(demo.code(), Some(1), "{said}");
+    assert!(said.contains("the node plugin ended by itself") && !said.contains("panicked"), "{said}");
+    nothing_is_left(tmp.path());
+}
+
+#[test]
+fn a_demo_of_a_user_without_rights_says_in_its_first_line_what_it_lacks() {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::process::CommandExt as _;
+    let tmp = tempfile::tempdir().unwrap();
+    // Where nobody may read and run it.
+    let program = tmp.path().join("clip-csi");
+    fs::copy(env!("CARGO_BIN_EXE_clip-csi"), &program).unwrap();
+    let work = tmp.path().join("work");
+    fs::create_dir(&work).unwrap();
+    for path in [tmp.path(), &program, &work] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    let mut command = Command::new(&program);
+    command.args(["demo", "--size-mib", "3"]).env("TMPDIR", &work).env("HOME", &work).current_dir("/");
+    if rustix::process::geteuid().is_root() {
+        command.uid(65534).gid(65534);
+    }
+    let output = command.output().unwrap();
+    let text = stdout(&output);
+    assert!(output.status.success(), "{text}{}", stderr(&output));
+    let first = text.lines().next().unwrap();
+    assert!(first.contains("without mounts") && first.contains("CAP_SYS_ADMIN"), "{first}");
+    assert!(text.contains("skipped    node plugin") && text.matches("= the image's").count() == 2, "{text}");
+    nothing_is_left(&work);
 }

@@ -18,6 +18,7 @@ use common::node::{Node, unmount_below};
 use common::noise;
 use common::registry::Registry;
 use common::s3::S3;
+use common::skip::{self, needs};
 use serde_json::json;
 use tonic::{Code, Status};
 
@@ -120,6 +121,7 @@ impl Noisy {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_layer_that_changed_under_its_digest_is_an_error_where_it_changed_until_it_is_restored() {
+    needs!(fuse, "docker-registry");
     let image = Noisy::new(Registry::start()).await;
     let blob = image.registry.blob_file(&image.layer);
     let good = fs::read(&blob).unwrap();
@@ -156,6 +158,7 @@ async fn a_layer_that_changed_under_its_digest_is_an_error_where_it_changed_unti
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_layer_cut_short_serves_what_is_left_of_it() {
+    needs!(fuse, "docker-registry");
     let image = Noisy::new(Registry::start()).await;
     let blob = image.registry.blob_file(&image.layer);
     let good = fs::read(&blob).unwrap();
@@ -190,6 +193,7 @@ const DAMAGE: [Code; 3] = [Code::DataLoss, Code::InvalidArgument, Code::FailedPr
 
 #[tokio::test(flavor = "multi_thread")]
 async fn archives_cut_short_at_any_length_are_refused_by_name_and_leave_nothing() {
+    needs!(fuse);
     let dir = tempfile::tempdir().unwrap();
     let made = archives(dir.path());
     let node = Node::start(roots(dir.path())).await;
@@ -221,6 +225,7 @@ async fn assert_survived(node: &Node, pid: u32, dir: &Path, good: &[u8]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn flipped_bits_and_absurd_headers_never_end_the_plugin() {
+    needs!(fuse);
     let dir = tempfile::tempdir().unwrap();
     let made = archives(dir.path());
     let node = Node::start(roots(dir.path())).await;
@@ -281,6 +286,7 @@ fn look_at_all(dir: &Path, depth: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_there_is_not_found_with_a_remedy() {
+    needs!(fuse, "docker-registry");
     let (dir, registry, s3) = (tempfile::tempdir().unwrap(), Registry::start(), S3::start().await);
     s3.bucket("images");
     let keys = s3.keys();
@@ -310,6 +316,7 @@ async fn what_is_not_there_is_not_found_with_a_remedy() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_target_that_is_taken_or_has_no_place_and_attributes_that_do_not_fit_are_refused() {
+    needs!(fuse);
     let dir = tempfile::tempdir().unwrap();
     let [(_, good), _] = archives(dir.path());
     let file = dir.path().join("good.clip");
@@ -339,7 +346,7 @@ async fn a_target_that_is_taken_or_has_no_place_and_attributes_that_do_not_fit_a
     let mut orphan = node.request("orphan", &[("archive", archive)]);
     orphan.target_path = format!("{}/no/such/parent", node.target("orphan").display());
     let status = node.send(orphan).await.unwrap_err();
-    assert_refused(&node, "orphan", &status, Code::Internal, &["/no/such", "create it first"]);
+    assert_refused(&node, "orphan", &status, Code::FailedPrecondition, &["/no/such", "create the parent directory"]);
 
     let status = node.publish("a", &[("archive", archive), ("subpath", "d")]).await.unwrap_err();
     assert_refused(&node, "a", &status, Code::InvalidArgument, &["\"subpath\"", "did you mean subPath?"]);
@@ -373,6 +380,7 @@ impl Drop for SmallDisk {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cache_without_space_costs_speed_and_nothing_else() {
+    needs!(fuse);
     let dir = tempfile::tempdir().unwrap();
     let content = dir.path().join("content");
     fs::create_dir(&content).unwrap();
@@ -400,6 +408,7 @@ async fn a_cache_without_space_costs_speed_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_the_registry_is_gone_cached_reads_go_on_and_others_time_out_within_a_bound() {
+    needs!(fuse, "docker-registry");
     let mut image = Noisy::new(Registry::start()).await;
     let node = Node::start(image.config()).await;
     let target = node.publish("a", &[("archive", &image.archive())]).await.unwrap();
@@ -435,6 +444,7 @@ fn without_span_digests(bytes: &[u8]) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bytes_that_no_digest_covers_are_counted_and_refused_by_strict_integrity() {
+    needs!(fuse);
     const UNVERIFIED: &str = "clip_unverified_read_bytes_total";
     let dir = tempfile::tempdir().unwrap();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/fixtures/v1-local.clip");
@@ -477,6 +487,7 @@ async fn bytes_that_no_digest_covers_are_counted_and_refused_by_strict_integrity
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_plugins_volumes_are_all_bound_again_and_those_of_removed_pods_are_gone() {
+    needs!(fuse);
     let dir = tempfile::tempdir().unwrap();
     let made = archives(dir.path());
     let files = made.map(|(version, bytes)| {
@@ -517,6 +528,7 @@ async fn a_killed_plugins_volumes_are_all_bound_again_and_those_of_removed_pods_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_private_volume_says_after_a_crash_that_it_lost_its_credentials_and_takes_those_of_the_next_pod() {
+    needs!(fuse, "docker-registry");
     let image = Noisy::new(Registry::start_with_login()).await;
     let login = json!({"username": common::registry::USER, "password": common::registry::PASSWORD});
     let auths = json!({"auths": {image.registry.host(): login}}).to_string();

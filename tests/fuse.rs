@@ -1,6 +1,9 @@
 //! The filesystem as the kernel shows it: real mounts of trees in memory. Needs root and /dev/fuse; says so and passes
 //! where they are missing.
 
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
@@ -94,14 +97,14 @@ struct Mounted {
 }
 
 impl Mounted {
-    /// `None` where this machine can't mount.
+    /// `None` where this machine can't mount, which is noted.
     fn new(tree: Arc<Tree>, blob: Arc<PatternBlob>) -> Option<Self> {
         Self::of(ImageFs::new(tree, NodeId::ROOT, vec![blob]))
     }
 
     fn of(fs: ImageFs) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
-            eprintln!("skipped: mounting needs root and /dev/fuse");
+        if let Some(why) = skip::no_fuse() {
+            skip::skipped_here(why);
             return None;
         }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();

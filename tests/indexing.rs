@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use clip_csi::build::progress::{Progress, Silent};
@@ -221,13 +221,15 @@ async fn an_index_that_was_killed_goes_on_with_the_layer_that_was_in_work() {
         command
     };
     let mut first = Running(command().spawn().unwrap());
-    let begun = Instant::now();
-    let kept = || std::fs::read_dir(cache.join("layers")).is_ok_and(|files| files.count() == 1);
-    while gets(&server, &written[1].0).len() < 2 || !kept() {
-        assert!(begun.elapsed() < Duration::from_secs(120), "the second layer is never asked for, or nothing is kept");
-        assert!(first.0.try_wait().unwrap().is_none(), "it ended by itself");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let layers = cache.join("layers");
+    let kept = || std::fs::read_dir(&layers).is_ok_and(|files| files.count() == 1);
+    let under_way = async {
+        server.until(|_| gets(&server, &written[1].0).len() >= 2).await;
+        common::appear::changes_of(&layers, kept).await;
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(120), under_way).await;
+    in_time.expect("the second layer is asked for, and the first one kept");
+    assert!(first.0.try_wait().unwrap().is_none(), "it ended by itself");
     drop(first);
     assert!(!out.exists());
     healthy.store(true, Ordering::SeqCst);

@@ -1,5 +1,11 @@
 //! The mount manager over FUSE: a small v1 archive, published, killed, recovered.
 
+#[path = "common/appear.rs"]
+#[allow(dead_code)]
+mod appear;
+#[path = "common/skip.rs"]
+mod skip;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -33,10 +39,10 @@ struct Sandbox {
 }
 
 impl Sandbox {
-    /// `None`: this machine can't mount FUSE filesystems.
+    /// `None`: this machine can't mount FUSE filesystems, and that is noted.
     fn new() -> Option<Self> {
-        if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
-            eprintln!("skipped: needs root and /dev/fuse");
+        if let Some(why) = skip::no_fuse() {
+            skip::skipped_here(why);
             return None;
         }
         let sandbox = Self { mounts: tempfile::tempdir().unwrap(), files: tempfile::tempdir().unwrap() };
@@ -263,11 +269,7 @@ async fn an_aborted_connection_is_served_again() {
     abort(before);
     // A dead mount may still show what the kernel has cached: another device says that it is another session.
     let tool = target.join("usr/bin/tool");
-    let healed = async {
-        while !std::fs::metadata(&tool).is_ok_and(|stat| stat.dev() != before) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
+    let healed = appear::mounts_change(|| std::fs::metadata(&tool).is_ok_and(|stat| stat.dev() != before));
     tokio::time::timeout(Duration::from_secs(20), healed).await.unwrap();
     assert_eq!(std::fs::read(&tool).unwrap(), b"the tool");
     assert_eq!(manager.stats(&target).await.unwrap().abnormal, None);

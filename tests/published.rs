@@ -71,7 +71,7 @@ impl Fixture {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_v1_archive_on_disk_is_published_as_the_image_is() {
-    needs!("umoci");
+    needs!(fuse, "umoci");
     let image = Fixture::new(layers::tricky(Compression::Gzip));
     let archive = image.path("image.clip");
     clip_csi(&["archive", &image.layout(), "-o", &archive]);
@@ -85,7 +85,7 @@ async fn a_v1_archive_on_disk_is_published_as_the_image_is() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_v1_archive_in_s3_is_published_with_the_volumes_own_keys() {
-    needs!("umoci");
+    needs!(fuse, "umoci");
     let image = Fixture::new(layers::tricky(Compression::Gzip));
     let archive = image.path("image.clip");
     clip_csi(&["archive", &image.layout(), "-o", &archive]);
@@ -111,7 +111,7 @@ async fn a_v1_archive_in_s3_is_published_with_the_volumes_own_keys() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_v2_index_of_a_layout_is_published_as_the_image_is() {
-    needs!("umoci");
+    needs!(fuse, "umoci");
     for compression in [Compression::Gzip, Compression::None] {
         let image = Fixture::new(layers::tricky(compression));
         let archive = image.path("image.clip");
@@ -125,7 +125,7 @@ async fn a_v2_index_of_a_layout_is_published_as_the_image_is() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn zstd_layers_show_the_same_tree_as_gzip_ones() {
-    needs!("umoci");
+    needs!(fuse, "umoci");
     // umoci knows no zstd: the oracle is its view of the same entries in gzip layers.
     let image = Fixture::new(layers::tricky(Compression::Gzip));
     let zstd = image.dir.path().join("zstd");
@@ -139,7 +139,7 @@ async fn zstd_layers_show_the_same_tree_as_gzip_ones() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_of_a_registry_is_indexed_on_demand_and_published() {
-    needs!("umoci", "docker-registry");
+    needs!(fuse, "umoci", "docker-registry");
     let image = Fixture::new(layers::tricky(Compression::Gzip));
     let registry = Registry::start();
     registry.push_layout(Path::new(&image.path("layout")), "team/app", "v1").await;
@@ -163,7 +163,7 @@ async fn an_image_of_a_registry_is_indexed_on_demand_and_published() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_private_image_is_refused_without_its_secret_though_it_is_cached() {
-    needs!("umoci", "docker-registry");
+    needs!(fuse, "umoci", "docker-registry");
     let image = Fixture::new(layers::tricky(Compression::Gzip));
     let registry = Registry::start_with_login();
     registry.push_layout(Path::new(&image.path("layout")), "team/app", "v1").await;
@@ -185,7 +185,7 @@ async fn a_private_image_is_refused_without_its_secret_though_it_is_cached() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_index_of_a_private_image_shows_nothing_without_the_secret_though_its_layers_are_cached() {
-    needs!("umoci", "docker-registry");
+    needs!(fuse, "umoci", "docker-registry");
     let image = Fixture::new(layers::tricky(Compression::Gzip));
     let registry = Registry::start_with_login();
     registry.push_layout(Path::new(&image.path("layout")), "team/app", "v1").await;
@@ -209,7 +209,7 @@ async fn an_index_of_a_private_image_shows_nothing_without_the_secret_though_its
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_mebibyte_of_a_large_gzip_layer_fetches_less_than_three_percent_of_it() {
-    needs!("docker-registry");
+    needs!(fuse, "docker-registry");
     let dir = tempfile::tempdir().unwrap();
     let wanted = layers::letters(7, 1 << 20);
     // A few blocks of noise over and over: deflate looks back 32 KiB only, so they are as good as new ones.
@@ -244,7 +244,7 @@ async fn one_mebibyte_of_a_large_gzip_layer_fetches_less_than_three_percent_of_i
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_plugin_is_followed_by_one_that_brings_the_volume_back() {
-    needs!("umoci");
+    needs!(fuse, "umoci");
     let image = Fixture::new(layers::tricky(Compression::Gzip));
     let archive = image.path("image.clip");
     clip_csi(&["archive", &image.layout(), "-o", &archive]);

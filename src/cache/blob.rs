@@ -1,11 +1,12 @@
 //! One blob, as the filesystem reads it: hits from the file, misses through fills that readers share.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, TryFutureExt, TryStreamExt};
 use tokio::sync::watch;
 
 use super::flight::{self, Priority};
@@ -23,6 +24,22 @@ struct Parts {
     out: Vec<u8>,
     /// Spans whose bytes are not in `out` yet.
     missing: Vec<u32>,
+}
+
+impl Parts {
+    /// Where the bytes of a span begin that were asked for, and their place in the answer.
+    fn part(&mut self, span: &Range<u64>) -> (u64, &mut [u8]) {
+        self.out.resize((self.range.end - self.range.start) as usize, 0);
+        let (from, to) = (span.start.max(self.range.start), span.end.min(self.range.end));
+        (from, &mut self.out[(from - self.range.start) as usize..(to - self.range.start) as usize])
+    }
+
+    /// Copies from a span that came.
+    fn take(&mut self, span: &Range<u64>, bytes: &[u8]) {
+        let (from, part) = self.part(span);
+        let at = (from - span.start) as usize;
+        part.copy_from_slice(&bytes[at..at + part.len()]);
+    }
 }
 
 /// One blob, as the filesystem reads it. While one is held, the blob's file is not deleted; spans of it may be.
@@ -81,22 +98,30 @@ impl CachedBlob {
         let spans = self.store.spans(&range);
         let mut parts = Parts { out: Vec::new(), missing: spans.clone().collect(), range: range.clone() };
         for round in 0.. {
-            let mut came = BTreeMap::new();
-            if round < ROUNDS {
-                for (ix, flight) in self.want(parts.missing.iter().copied(), Priority::Foreground) {
-                    came.insert(ix, landed(flight).await?.bytes);
-                }
+            // Each as soon as it is there: what waits for its turn to be copied would count for nobody's memory.
+            let mut coming: FuturesUnordered<_> = if round < ROUNDS {
+                let flights = self.want(parts.missing.iter().copied(), Priority::Foreground);
+                let come = |(ix, flight)| landed(flight).map_ok(move |filled| (ix, filled.bytes)).boxed();
+                flights.into_iter().map(come).collect()
             } else {
-                self.fetch(&parts.missing, &mut came).await?;
+                let fetch = |ix| self.fetch(ix).map_ok(move |bytes| (ix, bytes)).boxed();
+                parts.missing.iter().copied().map(fetch).collect()
+            };
+            let mut came = Vec::new();
+            while let Some((ix, bytes)) = coming.try_next().await? {
+                let span = self.store.span(ix);
+                // All of it within one span: no copy.
+                if spans.len() == 1 {
+                    return Ok(bytes.slice((range.start - span.start) as usize..(range.end - span.start) as usize));
+                }
+                parts.take(&span, &bytes);
+                came.push(ix);
             }
-            // All of it within one span that has just come: no copy.
-            if let Some(bytes) = came.get(&spans.start)
-                && spans.len() == 1
-            {
-                let start = self.store.span(spans.start).start;
-                return Ok(bytes.slice((range.start - start) as usize..(range.end - start) as usize));
+            drop(coming);
+            parts.missing.retain(|ix| !came.contains(ix));
+            if !parts.missing.is_empty() {
+                parts = self.assemble(parts).await?;
             }
-            parts = self.assemble(parts, came).await?;
             if parts.missing.is_empty() {
                 break;
             }
@@ -104,25 +129,16 @@ impl CachedBlob {
         Ok(parts.out.into())
     }
 
-    /// Copies from the spans that came and, for the others, from the file.
-    async fn assemble(&self, mut parts: Parts, came: BTreeMap<u32, Bytes>) -> Result<Parts, CacheError> {
+    /// Copies what is in the file.
+    async fn assemble(&self, mut parts: Parts) -> Result<Parts, CacheError> {
         let store = self.store.clone();
         let copied = tokio::task::spawn_blocking(move || {
-            let Parts { out, missing, range } = &mut parts;
-            out.resize((range.end - range.start) as usize, 0);
+            let mut missing = std::mem::take(&mut parts.missing);
             missing.retain(|ix| {
-                let span = store.span(*ix);
-                let (from, to) = (span.start.max(range.start), span.end.min(range.end));
-                let part = &mut out[(from - range.start) as usize..(to - range.start) as usize];
-                match came.get(ix) {
-                    Some(bytes) => {
-                        part.copy_from_slice(&bytes[(from - span.start) as usize..(to - span.start) as usize]);
-                        false
-                    }
-                    None => !store.read_patiently(from, part),
-                }
+                let (from, part) = parts.part(&store.span(*ix));
+                !store.read_patiently(from, part)
             });
-            parts
+            Parts { missing, ..parts }
         });
         copied.await.map_err(|error| CacheError::Io {
             what: self.filler.describe(),
@@ -130,22 +146,18 @@ impl CachedBlob {
         })
     }
 
-    /// Fetches spans past the cache.
-    async fn fetch(&self, spans: &[u32], came: &mut BTreeMap<u32, Bytes>) -> Result<(), CacheError> {
-        for ix in spans {
-            let filled = self.filler.fill(*ix..*ix + 1).await?.pop();
-            let span = self.store.span(*ix);
-            match filled {
-                Some(filled) if filled.bytes.len() as u64 == span.end - span.start => {
-                    came.insert(*ix, filled.bytes);
-                }
-                _ => {
-                    let detail = format!("span {ix} came with another length");
-                    return Err(CacheError::Corrupt { what: self.filler.describe(), detail });
-                }
+    /// Fetches a span past the cache.
+    async fn fetch(&self, ix: u32) -> Result<Bytes, CacheError> {
+        let span = self.store.span(ix);
+        let held = self.filler.held(self.filler.cost(SpanIx(ix))).saturating_add(span.end - span.start);
+        let _memory = self.space.memory(held).await;
+        match self.filler.fill(ix..ix + 1).await?.pop() {
+            Some(filled) if filled.bytes.len() as u64 == span.end - span.start => Ok(filled.bytes),
+            _ => {
+                let detail = format!("span {ix} came with another length");
+                Err(CacheError::Corrupt { what: self.filler.describe(), detail })
             }
         }
-        Ok(())
     }
 
     /// Fills a range without reading it. Has low priority: it waits while a reader waits for a fill.
@@ -158,7 +170,13 @@ impl CachedBlob {
         while let Some(first) = left.by_ref().find(|ix| !self.store.has(*ix)) {
             let mut cost = self.filler.cost(SpanIx(first));
             let mut end = first + 1;
-            while end < left.end && cost < flight::COST_MAX && !self.store.has(end) {
+            let start = self.store.span(first).start;
+            // One fill at a time, so that a reader that comes meanwhile waits for no more than that.
+            while end < left.end
+                && cost < flight::COST_MAX
+                && self.store.span(end).end - start <= flight::BYTES_MAX
+                && !self.store.has(end)
+            {
                 cost = cost.saturating_add(self.filler.cost(SpanIx(end)));
                 end += 1;
             }

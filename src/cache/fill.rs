@@ -18,7 +18,7 @@ use crate::source::{BlobSource, SourceError};
 /// Most bytes per request. Longer runs of compressed bytes are fetched and inflated piece by piece.
 const REQUEST: u64 = 8 << 20;
 /// Uncompressed bytes that lie in memory before they are handed on, whatever a little input inflates to.
-const STEP: u64 = 8 << 20;
+pub(super) const STEP: u64 = 8 << 20;
 /// Tries of a fill whose bytes turn out wrong: the second one excludes a slip on the way.
 const TRIES: u32 = 2;
 
@@ -162,6 +162,11 @@ impl SpanFiller for TableFiller {
 
     fn cost(&self, span: SpanIx) -> u64 {
         self.table.spans.get(span.0 as usize).map_or(0, |span| span.cend.saturating_sub(span.coff))
+    }
+
+    fn held(&self, cost: u64) -> u64 {
+        // The piece that is inflated and the one that is on its way.
+        cost.min(2 * REQUEST)
     }
 
     fn describe(&self) -> String {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
+use super::fill::STEP;
 use super::space::Space;
 use super::store::{Outcome, Store, lock};
 use super::{CacheError, Filled, SpanFiller};
@@ -15,7 +16,7 @@ use crate::metrics::metrics;
 /// Neighbours are joined into one fill up to this many fetched bytes …
 pub(super) const COST_MAX: u64 = 4 << 20;
 /// … and this many uncompressed ones, which lie in memory until they are written.
-const BYTES_MAX: u64 = 16 << 20;
+pub(super) const BYTES_MAX: u64 = 16 << 20;
 /// Spans of a long run that wait for the disk.
 const QUEUE: usize = 2;
 
@@ -35,8 +36,12 @@ pub(super) fn abandoned() -> CacheError {
 /// Spans that go into one fill.
 struct Batch {
     pending: BTreeMap<u32, watch::Sender<Outcome>>,
+    /// Bytes that it fetches.
     cost: u64,
+    /// Bytes that come of it.
     bytes: u64,
+    /// Of its longest span.
+    longest: u64,
     /// All that is missing of a run that shares one restart point: streamed.
     run: bool,
 }
@@ -72,19 +77,23 @@ pub(super) fn want(
                 let sender = watch::Sender::new(None);
                 flights.insert(ix, sender.subscribe());
                 let span = store.span(ix);
-                let (cost, bytes) = (if is_run { 0 } else { filler.cost(SpanIx(ix)) }, span.end - span.start);
+                let (cost, bytes) = (filler.cost(SpanIx(ix)), span.end - span.start);
                 match batches.last_mut() {
                     Some(batch)
                         if batch.run == is_run
                             && batch.pending.last_key_value().is_some_and(|(last, _)| is_run || last + 1 == ix)
-                            && (is_run || batch.cost + cost <= COST_MAX && batch.bytes + bytes <= BYTES_MAX) =>
+                            && (is_run
+                                || batch.cost.saturating_add(cost) <= COST_MAX && batch.bytes + bytes <= BYTES_MAX) =>
                     {
                         batch.pending.insert(ix, sender);
-                        batch.cost += cost;
+                        // The spans of a run share what they fetch, from the restart point on.
+                        batch.cost = if is_run { batch.cost.max(cost) } else { batch.cost + cost };
                         batch.bytes += bytes;
+                        batch.longest = batch.longest.max(bytes);
                     }
                     _ => {
-                        batches.push(Batch { pending: BTreeMap::from([(ix, sender)]), cost, bytes, run: is_run });
+                        let pending = BTreeMap::from([(ix, sender)]);
+                        batches.push(Batch { pending, cost, bytes, longest: bytes, run: is_run });
                     }
                 }
             }
@@ -93,12 +102,16 @@ pub(super) fn want(
             }
         }
     }
-    for Batch { pending, run, .. } in batches {
+    for Batch { pending, cost, bytes, longest, run } in batches {
+        // A run is handed on as it comes: what is inflated in one step, what waits for the disk, and the span in the making.
+        let out = if run { bytes.min(STEP + (QUEUE as u64 + 3) * longest) } else { bytes };
+        let memory = filler.held(cost).saturating_add(out);
         let flight = Flight {
             space: space.clone(),
             store: store.clone(),
             pending,
             failed: None,
+            memory,
             urgent: priority == Priority::Foreground,
         };
         space.flying.send_modify(|n| *n += 1);
@@ -116,6 +129,8 @@ struct Flight {
     store: Arc<Store>,
     pending: BTreeMap<u32, watch::Sender<Outcome>>,
     failed: Option<CacheError>,
+    /// Most bytes that it holds.
+    memory: u64,
     urgent: bool,
 }
 
@@ -138,9 +153,10 @@ impl Drop for Flight {
 }
 
 async fn fly(mut flight: Flight, filler: Arc<dyn SpanFiller>, run: bool) {
-    let slots = flight.space.foreground.clone();
+    let space = flight.space.clone();
     // The semaphore is never closed.
-    let _slot = if flight.urgent { slots.acquire_owned().await.ok() } else { None };
+    let _slot = if flight.urgent { space.foreground.acquire().await.ok() } else { None };
+    let _memory = space.memory(flight.memory).await;
     let (Some((first, _)), Some((last, _))) = (flight.pending.first_key_value(), flight.pending.last_key_value())
     else {
         return;

@@ -98,6 +98,8 @@ impl Run {
         if let Some(table) = kept {
             return Ok(Arc::new(table));
         }
+        // The semaphore is never closed.
+        let _turn = self.space.ingesting.acquire().await;
         let (sender, inbox) = mpsc::channel(QUEUE);
         let (space, name) = (self.space.clone(), what.clone());
         let work = tokio::task::spawn_blocking(move || index(&space, layer, compression, span_size, inbox, &name));
@@ -194,6 +196,8 @@ impl Incoming {
         let map = self.path.with_extension("map");
         let blocks = (|| -> io::Result<u64> {
             file.sync_data()?;
+            // A whole layer went through the page cache; of it, what is read will be read again.
+            let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
             let mut marks = create(&map)?;
             marks.write_all(&store::full_map(&bounds))?;
             marks.sync_all()?;

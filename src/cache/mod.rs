@@ -37,11 +37,19 @@ pub struct CacheConfig {
     pub high_watermark: u8,
     /// Eviction stops at this share, in percent.
     pub low_watermark: u8,
+    /// Most bytes that fills in flight hold in memory, fetched and inflated. More fills wait, first come first served.
+    pub fill_bytes: u64,
 }
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        Self { dir: "/var/lib/clip-csi/cache".into(), max_bytes: 20 << 30, high_watermark: 90, low_watermark: 80 }
+        Self {
+            dir: "/var/lib/clip-csi/cache".into(),
+            max_bytes: 20 << 30,
+            high_watermark: 90,
+            low_watermark: 80,
+            fill_bytes: 128 << 20,
+        }
     }
 }
 
@@ -122,6 +130,10 @@ pub trait SpanFiller: Send + Sync + std::fmt::Debug {
     }
     /// Bytes that a fill of the span fetches: neighbours are joined into one request up to a limit.
     fn cost(&self, span: SpanIx) -> u64;
+    /// Most bytes that a fill of these spans holds at a time beside what it hands on: fetched, and not inflated yet.
+    fn held(&self, cost: u64) -> u64 {
+        cost
+    }
     /// What it is, for messages.
     fn describe(&self) -> String;
 }

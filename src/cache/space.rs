@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::FlockOperation;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 
 use super::blob::CachedBlob;
 use super::ingest::Ingests;
@@ -38,8 +38,12 @@ const MINUTE: Duration = Duration::from_secs(60);
 const TABLE_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Prefetches that fill at the same time.
 const BACKGROUND: usize = 2;
-/// Fills that readers wait for at the same time: bounds the memory that a burst of cold reads takes.
+/// Fills that readers wait for at the same time; what they hold in memory is bounded by `cache.fillBytes`.
 const FOREGROUND: usize = 32;
+/// Unit of that bound: a semaphore counts in 32 bits.
+const KIB: u64 = 1 << 10;
+/// Layers that are indexed at the same time, some 8 MiB each.
+const INGESTS: usize = 8;
 
 /// What the directory holds of one key.
 #[derive(Debug, Default)]
@@ -81,12 +85,17 @@ pub(super) struct Space {
     complained: Mutex<Option<Instant>>,
     bell: Arc<(Mutex<Bell>, Condvar)>,
     pub(super) background: Semaphore,
-    pub(super) foreground: Arc<Semaphore>,
+    pub(super) foreground: Semaphore,
+    /// KiB that fills may still take into memory. Fair: a large fill is not overtaken for ever by small ones.
+    memory: Semaphore,
+    /// All of them.
+    memory_kib: u32,
     /// Fills in flight that a reader waits for.
     pub(super) urgent: watch::Sender<usize>,
     /// All fills in flight.
     pub(super) flying: watch::Sender<usize>,
     pub(super) ingests: Ingests,
+    pub(super) ingesting: Semaphore,
     _lock: File,
 }
 
@@ -97,7 +106,7 @@ fn io_error(path: &Path, operation: &str) -> impl FnOnce(io::Error) -> CacheErro
 
 impl Space {
     pub(super) fn open(config: &CacheConfig) -> Result<Arc<Self>, CacheError> {
-        let CacheConfig { dir, max_bytes, high_watermark, low_watermark } = config;
+        let CacheConfig { dir, max_bytes, high_watermark, low_watermark, fill_bytes } = config;
         if *high_watermark > 100 || low_watermark > high_watermark {
             return Err(CacheError::Io {
                 what: "cache.lowWatermark and cache.highWatermark".into(),
@@ -137,6 +146,7 @@ impl Space {
         prune_tables(&dir.join("tables"));
         let used = known.values().map(|k| k.bytes.load(Ordering::Relaxed)).sum();
         let share = |percent: u8| u128::from(*max_bytes) * u128::from(percent) / 100;
+        let memory_kib = u32::try_from(fill_bytes / KIB).unwrap_or(u32::MAX).max(1);
         let space = Arc::new(Self {
             dir: dir.clone(),
             max: *max_bytes,
@@ -153,10 +163,13 @@ impl Space {
             complained: Mutex::default(),
             bell: Arc::default(),
             background: Semaphore::new(BACKGROUND),
-            foreground: Arc::new(Semaphore::new(FOREGROUND)),
+            foreground: Semaphore::new(FOREGROUND),
+            memory: Semaphore::new(memory_kib as usize),
+            memory_kib,
             urgent: watch::Sender::new(0),
             flying: watch::Sender::new(0),
             ingests: Ingests::default(),
+            ingesting: Semaphore::new(INGESTS),
             _lock: lock,
         });
         space.account(0);
@@ -173,6 +186,13 @@ impl Space {
 
     pub(super) fn blobs(&self) -> PathBuf {
         self.dir.join("blobs")
+    }
+
+    /// Waits until a fill that holds `bytes` may begin. One that is larger than the whole bound goes alone.
+    pub(super) async fn memory(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
+        let kib = u32::try_from(bytes.div_ceil(KIB)).unwrap_or(u32::MAX).min(self.memory_kib);
+        // The semaphore is never closed.
+        self.memory.acquire_many(kib).await.ok()
     }
 
     pub(super) fn used(&self) -> u64 {
@@ -309,9 +329,10 @@ impl Space {
     }
 
     /// The janitor's round.
-    fn tick(&self) {
+    pub(super) fn tick(&self) {
         self.flush();
         self.stamp();
+        self.drop_pages();
         if self.full.swap(false, Ordering::Relaxed) {
             let mut last = lock(&self.squeezed);
             if last.is_none_or(|at| at.elapsed() >= MINUTE) {
@@ -339,6 +360,12 @@ impl Space {
                 }
             }
         }
+    }
+
+    /// Gives the page cache of our files back. What readers had is in the pages of their own mounts.
+    fn drop_pages(&self) {
+        let open: Vec<_> = lock(&self.known).values().filter_map(|known| known.store.upgrade()).collect();
+        open.iter().for_each(|store| store.drop_pages());
     }
 
     /// Evicts down to `target` bytes: first blobs that nobody has open, least recently used first; then spans of open

@@ -99,6 +99,10 @@ pub(super) struct Store {
     synced: Bits,
     /// Read since the evictor passed last.
     touched: Bits,
+    /// Written or read since the janitor passed last: the page cache may hold some of it.
+    warm: Bits,
+    /// As `warm`, at the time before.
+    cooling: Bits,
     reading: RwLock<()>,
     writing: Mutex<Writing>,
 }
@@ -200,6 +204,17 @@ impl Files {
 }
 
 impl Store {
+    /// From now on the file is one that can't be written, and reads as zeros: as a broken disk.
+    #[cfg(test)]
+    pub(super) fn break_disk(&self) {
+        let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+        let data = &self.files.as_ref().unwrap().data;
+        // SAFETY: both descriptors are open here, and `data` stays the owner of its number, which now leads elsewhere.
+        assert!(
+            unsafe { libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&full), std::os::fd::AsRawFd::as_raw_fd(data)) } >= 0
+        );
+    }
+
     /// Opens or makes the files of a key. A full or broken disk gives a store that keeps nothing, and the error.
     pub(super) fn open(
         blobs: &Path,
@@ -222,6 +237,8 @@ impl Store {
             verified: Bits::new(&verified),
             synced: Bits::new(&present),
             touched: Bits::new(&vec![0; present.len()]),
+            warm: Bits::new(&vec![0; present.len()]),
+            cooling: Bits::new(&vec![0; present.len()]),
             reading: RwLock::new(()),
             writing: Mutex::new(Writing { durable: present, ..Writing::default() }),
             bounds,
@@ -284,12 +301,46 @@ impl Store {
             self.used.store(true, Ordering::Relaxed);
         }
         spans.clone().for_each(|ix| self.touched.mark(ix));
-        // Only pages that are clean go, and asking for others is dear.
+        // Only pages that are clean go, and asking for others is dear. Small reads have neighbours that will be read next, and a
+        // system call each would cost them more than the read: theirs go with the janitor.
         if buf.len() >= DROP_BEHIND && spans.clone().all(|ix| self.synced.has(ix)) {
             let len = std::num::NonZeroU64::new(buf.len() as u64);
             let _ = rustix::fs::fadvise(&files.data, off, len, Advice::DontNeed);
+        } else {
+            spans.for_each(|ix| self.warm.mark(ix));
         }
         true
+    }
+
+    /// Drops from the page cache what was neither written nor read since the last call but one, and is on the disk: the
+    /// reader's own page cache holds what was read. Waits for nothing.
+    pub(super) fn drop_pages(&self) {
+        let Some(files) = &self.files else { return };
+        let mut run: Option<Range<u64>> = None;
+        let drop_run = |run: Option<Range<u64>>| {
+            if let Some(run) = run {
+                let len = std::num::NonZeroU64::new(run.end - run.start);
+                let _ = rustix::fs::fadvise(&files.data, run.start, len, Advice::DontNeed);
+            }
+        };
+        for (at, (warm, cooling)) in self.warm.0.iter().zip(&self.cooling.0).enumerate() {
+            if warm.load(Ordering::Relaxed) == 0 && cooling.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let (now, before) = (warm.swap(0, Ordering::Relaxed), cooling.load(Ordering::Relaxed));
+            let synced = self.synced.0.get(at).map_or(0, |w| w.load(Ordering::Relaxed));
+            let mut cold = before & !now & synced;
+            cooling.store(now | before & !cold, Ordering::Relaxed);
+            while cold != 0 {
+                let span = self.span(at as u32 * 64 + cold.trailing_zeros());
+                cold &= cold - 1;
+                match &mut run {
+                    Some(run) if run.end == span.start => run.end = span.end,
+                    _ => drop_run(run.replace(span)),
+                }
+            }
+        }
+        drop_run(run);
     }
 
     /// Remembers what is known of a span that is served without being kept.
@@ -317,13 +368,14 @@ impl Store {
         self.allocated.fetch_add(filled.bytes.len() as u64, Ordering::Relaxed);
         self.verified.set(ix, filled.verified);
         self.touched.set(ix, true);
+        self.warm.set(ix, true);
         self.used.store(true, Ordering::Relaxed);
         self.present.set(ix, true);
         writing.unsynced.push(ix);
         Ok(())
     }
 
-    /// Brings bytes, then marks, to the disk. Waits for the disk.
+    /// Brings bytes, then marks, to the disk. Waits for the disk. What does not get there is no longer here.
     pub(super) fn flush(&self) -> io::Result<()> {
         let Some(files) = &self.files else { return Ok(()) };
         loop {
@@ -335,10 +387,13 @@ impl Store {
                 return Ok(());
             }
             let synced = files.data.sync_data();
+            if let Err(error) = synced {
+                // The kernel drops pages that it could not write, and what is read in their place is whatever the disk has:
+                // nothing that has not reached the disk by now counts as here.
+                let lost = std::mem::take(&mut lock(&self.writing).unsynced);
+                return self.evict(&batch.into_iter().chain(lost).collect::<Vec<_>>()).and(Err(error));
+            }
             let mut writing = lock(&self.writing);
-            // After a failed sync nothing is known of those bytes but that they can't be trusted after a crash: they
-            // stay unmarked on disk.
-            synced?;
             if writing.evictions != evictions {
                 let present = batch.into_iter().filter(|ix| self.present.has(*ix));
                 let again: Vec<u32> = present.collect();

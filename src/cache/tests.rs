@@ -1,6 +1,8 @@
 // A list of one range is what a fake recorded, not a mistaken collection.
 #![allow(clippy::single_range_in_vec_init)]
 
+mod memory;
+
 use std::io::Write;
 use std::path::Path;
 use std::sync::Mutex;
@@ -565,6 +567,24 @@ async fn reads_go_on_when_the_disk_is_full() {
     let layer = Digest::of(&source.blob);
     let made = cache.ingest(layer, Compression::Gzip, source.clone(), 128 << 10).await.unwrap();
     assert_eq!(made.spans, table.spans);
+}
+
+#[tokio::test]
+async fn what_the_disk_has_not_taken_is_never_served_from_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path());
+    let fake = Fake::new(content(22, 300_000), 100_000);
+    let blob = fake.open(&cache, "a");
+    blob.read(0, 100_000).await.unwrap();
+    cache.flush().await;
+    blob.read(100_000, 100_000).await.unwrap();
+    let _ = cache.space.flying.subscribe().wait_for(|n| *n == 0).await;
+    // Its pages are gone, and in their place are zeros.
+    blob.store().break_disk();
+    cache.flush().await;
+    assert!(!blob.store().has(1), "it never reached the disk");
+    assert!(!blob.try_read(150_000, &mut [0; 10]));
+    assert_eq!(blob.read(100_000, 200_000).await.unwrap(), fake.plain[100_000..]);
 }
 
 /// A number that no other call gives.

@@ -13,7 +13,7 @@
 //! | refused by this node's policy; a claim that would spend another namespace's secret | PERMISSION_DENIED |
 //! | out of reach, all tries used | UNAVAILABLE |
 //! | bytes that contradict their digest, the format or themselves | DATA_LOSS |
-//! | target busy; integrity can't be promised; newer format; no store; no access to the Kubernetes API | FAILED_PRECONDITION |
+//! | target busy, or its parent missing; integrity can't be promised; newer format; no store; no access to the Kubernetes API | FAILED_PRECONDITION |
 //! | published, or created, with other parameters | ALREADY_EXISTS |
 //! | under way | ABORTED |
 //! | a system call | INTERNAL |
@@ -128,6 +128,9 @@ impl Classify for MountError {
     fn classify(&self) -> (Code, &'static str) {
         match self {
             Self::Open(open) => open.classify(),
+            // CSI has the caller make the parent, and the plugin the target: the call is well formed (not INVALID_ARGUMENT), and
+            // NOT_FOUND would say that the volume is gone. Once the directory is there the same call succeeds.
+            Self::NoParent { .. } => (Code::FailedPrecondition, "invalid"),
             Self::Busy { .. } => (Code::FailedPrecondition, "invalid"),
             Self::Conflict { .. } => (Code::AlreadyExists, "invalid"),
             Self::SubPath { .. } => (Code::InvalidArgument, "invalid"),

@@ -58,6 +58,11 @@ impl MountTable {
         let here = || self.0.iter().filter(|mount| mount.point == path);
         here().find(|mount| !here().any(|other| other.parent == mount.id && other.id != mount.id))
     }
+
+    /// The mount that comes to light when `mount` is taken away: the one below it at the same point.
+    pub(crate) fn below(&self, mount: &Mount) -> Option<&Mount> {
+        self.0.iter().find(|other| other.id == mount.parent && other.point == mount.point && other.id != mount.id)
+    }
 }
 
 /// `36 35 98:0 /root /point rw,noatime shared:1 - fuse.clip source rw,errors=continue`: proc_pid_mountinfo(5).
@@ -136,6 +141,8 @@ garbage
         let reversed = MountTable(table.0.iter().rev().cloned().collect());
         assert_eq!(reversed.top(point).unwrap().id, 41);
         assert!(table.top(Path::new("/var/lib")).is_none());
+        assert_eq!(table.below(table.top(point).unwrap()).unwrap().id, 40);
+        assert!(table.below(table.iter().find(|m| m.id == 40).unwrap()).is_none());
     }
 
     #[test]

@@ -18,6 +18,7 @@ use super::config::{Enabled, KubeConfig};
 use super::events::Event;
 use super::{Claim, ConfigMap, KubeApi, KubeError, Taints};
 use crate::metrics::metrics;
+use crate::source::tls;
 
 /// How long one call may take, its retries included. A CreateVolume has minutes, a probe 5 s of its own.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -80,6 +81,14 @@ async fn server(config: &KubeConfig) -> Result<Server, KubeError> {
         })?,
     };
     settings.connect_timeout = Some(CONNECT);
+    if settings.root_cert.is_none() && !settings.accept_invalid_certs && !tls::has_roots() {
+        // A service account has the cluster's own authority beside it; a kubeconfig may have none.
+        if settings.cluster_url.scheme_str() == Some("https") {
+            let detail = format!("it names no certificate-authority, and {}", tls::NO_ROOTS);
+            return Err(bad("kubeconfig", detail));
+        }
+        settings.root_cert = Some(Vec::new());
+    }
     let namespace = config.namespace.clone().unwrap_or_else(|| settings.default_namespace.clone());
     let client = Client::try_from(settings).map_err(|error| bad("enabled", chain(&error)))?;
     Ok(Server { client, namespace })

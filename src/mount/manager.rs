@@ -237,10 +237,22 @@ impl Inner {
             return Ok(published(&bound.shared, true, shared));
         }
 
-        // Nothing is known of the target: an own mount there is one that was left, anything else is somebody's.
+        // Nothing is known of the target: an own mount there is one that was left, anything else is somebody's. What was left
+        // stays until the new one takes its place, so that no container ever finds the empty directory beneath.
         let (checked, instance) = (path.clone(), self.instance.clone());
-        blocking(move || target::clear_own(&checked, &instance)).await?;
-        let fetching = self.fetching(&path);
+        blocking(move || target::thin(&checked, &instance).map(drop)).await?;
+        let result = self.publish_new(spec, record).await;
+        if result.is_err() {
+            let instance = self.instance.clone();
+            let cleared = blocking(move || target::clear_own(&path, &instance));
+            cleared.await.unwrap_or_else(|e| tracing::warn!(error = %e, "a failed publish left a mount of before"));
+        }
+        result
+    }
+
+    async fn publish_new(&self, spec: &MountSpec, record: Record) -> Result<Published, MountError> {
+        let target = record.target.clone();
+        let fetching = self.fetching(&target);
         let (shared, mount_lock, joined) = self.acquire(spec, &fetching.token, None).await?;
         drop(fetching);
         match self.bind_new(&shared, record, &mount_lock).await {
@@ -272,21 +284,14 @@ impl Inner {
         if shown.await? { Ok(()) } else { self.rebind(&bound.shared, &bound.record, lock).await }
     }
 
-    /// Takes what is left of our own at a journaled target away and binds it again. Its record stays, whatever comes of it.
+    /// Binds a journaled target again, in the place of what is left there of our own. Its record stays, whatever comes of it.
     pub(super) async fn rebind(
         &self,
         shared: &Arc<Shared>,
         record: &Record,
         lock: &KeyGuard,
     ) -> Result<(), MountError> {
-        let (target, instance) = (record.target.clone(), self.instance.clone());
         let place = self.place(shared, record.sub_path.as_deref())?;
-        let is_dir = place.is_dir;
-        blocking(move || {
-            target::clear_own(&target, &instance)?;
-            target::prepare(&target, is_dir)
-        })
-        .await?;
         self.bind(shared, &record.target, place, lock).await
     }
 
@@ -300,8 +305,12 @@ impl Inner {
     async fn bind_new(&self, shared: &Arc<Shared>, record: Record, lock: &KeyGuard) -> Result<(), MountError> {
         let record = record.opened(shared.image.digest(), shared.key.0);
         let place = self.place(shared, record.sub_path.as_deref())?;
-        let (target, is_dir) = (record.target.clone(), place.is_dir);
-        let created = blocking(move || target::prepare(&target, is_dir)).await?;
+        let (target, is_dir, instance) = (record.target.clone(), place.is_dir, self.instance.clone());
+        let created = blocking(move || match target::thin(&target, &instance)? {
+            Some(_) => Ok(false),
+            None => target::prepare(&target, is_dir),
+        });
+        let created = created.await?;
 
         let (journal, written) = (self.journal.clone(), record.clone());
         let mut result = blocking(move || journal.write(&written)).await;
@@ -334,25 +343,26 @@ impl Inner {
         state.targets.insert(target, Arc::new(bound));
     }
 
-    /// Binds and verifies; what was attached is taken away again if it can't be verified.
+    /// Binds, in the place of an own mount that was left there, and verifies; what can't be verified is taken away again.
     async fn bind(&self, shared: &Arc<Shared>, target: &Path, place: Place, _: &KeyGuard) -> Result<(), MountError> {
-        let what = format!("binding {} to {}", shared.mountpoint.display(), target.display());
+        let what = || format!("binding {} to {}", shared.mountpoint.display(), target.display());
         // The lookups in here are answered by our own threads. Should they hang, the copy that comes too late is dropped
         // with its result: nothing of it was ever attached.
         let (mountpoint, inside) = (shared.mountpoint.clone(), place.path.clone());
         let copy = tokio::task::spawn_blocking(move || sys::clone_tree(&mountpoint, inside.as_deref()));
         let tree = match tokio::time::timeout(BIND_DEADLINE, copy).await {
             Ok(Ok(Ok(tree))) => tree,
-            Ok(Ok(Err(e))) => return Err(io_error(what, e)),
-            Ok(Err(e)) => return Err(io_error(what, e)),
-            Err(_) => return Err(io_error(what, "the mount did not answer within 10 s; look at the plugin's log")),
+            Ok(Ok(Err(e))) => return Err(io_error(what(), e)),
+            Ok(Err(e)) => return Err(io_error(what(), e)),
+            Err(_) => return Err(io_error(what(), "the mount did not answer within 10 s; look at the plugin's log")),
         };
-        let (target, shared) = (target.to_owned(), shared.clone());
+        let (target, shared, instance, swap) =
+            (target.to_owned(), shared.clone(), self.instance.clone(), self.server.swap());
         blocking(move || {
-            sys::attach(&tree, &target).map_err(|e| io_error(what, e))?;
+            target::replace(&tree, &target, place.is_dir, &instance, swap)?;
             let verified = shared.origin().verify(&target, place.path.as_deref());
             if verified.is_err() {
-                sys::detach(&target).unwrap_or_else(|e| tracing::warn!(error = %e, "a failed bind is left over"));
+                target::clear(&target).unwrap_or_else(|e| tracing::warn!(error = %e, "a failed bind is left over"));
             }
             verified
         })

@@ -66,6 +66,14 @@ pub enum MountError {
         /// What is there, and the remedy.
         detail: String,
     },
+    /// The directory that the target lies in is missing: making it is the caller's part.
+    #[error("target path {path} can't be made: {detail}; create the parent directory and publish again")]
+    NoParent {
+        /// The target.
+        path: PathBuf,
+        /// The parent, and the system's words.
+        detail: String,
+    },
     /// The target is published already, from other parameters.
     #[error("target path {path} is published with other parameters: {detail}")]
     Conflict {

@@ -22,6 +22,7 @@ use crate::source::{BlobSource, Credentials, Location, Policy, SourceError, Sour
 use crate::units::Digest;
 
 use super::sys::{self, Liveness};
+use super::target::Swap;
 use super::{MountError, MountSpec, io_error};
 
 /// Opens archives.
@@ -40,6 +41,10 @@ pub(super) trait Server: Send + Sync + Debug {
     /// Does the filesystem mounted at `path` answer? Blocks, at most for `deadline`.
     fn probe(&self, path: &Path, deadline: Duration) -> Liveness {
         sys::probe(path, deadline)
+    }
+    /// How a new mount takes the place of a dead one.
+    fn swap(&self) -> Swap {
+        Swap::Beneath
     }
 }
 

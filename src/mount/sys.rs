@@ -56,11 +56,21 @@ fn restrict(tree: &OwnedFd) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Attaches a detached mount to `target`, itself no symlink.
+/// Attaches a detached mount to `target`, itself no symlink; on top of what is mounted there.
 pub(super) fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    move_to(tree, target, MoveMountFlags::empty())
+}
+
+/// Attaches a detached mount beneath the topmost mount of `target`: it is seen once that one is detached. Linux 6.5; EINVAL
+/// before.
+pub(super) fn attach_beneath(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    move_to(tree, target, MoveMountFlags::MOVE_MOUNT_BENEATH)
+}
+
+fn move_to(tree: &OwnedFd, target: &Path, flags: MoveMountFlags) -> io::Result<()> {
     let target = openat(CWD, target, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    Ok(move_mount(tree, "", target, "", flags)?)
+    let by_descriptors = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(tree, "", target, "", by_descriptors | flags)?)
 }
 
 /// Takes the topmost mount away from `path`, at once, also a dead or a busy one. Nothing mounted there: fine.

@@ -2,6 +2,7 @@
 //! filesystem of ours anything, so a dead or hung one can't hold it up.
 
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -29,11 +30,17 @@ fn split(target: &Path) -> Result<(&Path, &std::ffi::OsStr), MountError> {
 /// The target with all symlinks of its *parent* resolved. The parent must exist; the target need not.
 pub(super) fn canonical(target: &Path) -> Result<PathBuf, MountError> {
     let (parent, name) = split(target)?;
-    let parent = parent.canonicalize().map_err(|e| {
-        let remedy = if e.kind() == ErrorKind::NotFound { "; create it first" } else { "" };
-        io_error(format!("parent directory {} of the target path", parent.display()), format!("{e}{remedy}"))
+    let found = parent.canonicalize().map_err(|e| match e.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => {
+            MountError::NoParent { path: target.to_owned(), detail: format!("its parent {}: {e}", parent.display()) }
+        }
+        _ => io_error(format!("parent directory {} of the target path", parent.display()), e),
     })?;
-    Ok(parent.join(name))
+    if !found.is_dir() {
+        let detail = format!("its parent {}: not a directory", parent.display());
+        return Err(MountError::NoParent { path: target.to_owned(), detail });
+    }
+    Ok(found.join(name))
 }
 
 /// As [`canonical`]; where parents are gone, of what is left of them.
@@ -133,24 +140,80 @@ pub(super) fn remove(target: &Path) -> Result<(), MountError> {
     }
 }
 
+fn foreign(path: &Path, mount: &Mount) -> MountError {
+    let detail =
+        format!("{} ({}) is mounted there, not by this plugin; unmount it", mount.source.display(), mount.fs_type);
+    MountError::Busy { path: path.to_owned(), detail }
+}
+
+fn detach(path: &Path) -> Result<(), MountError> {
+    sys::detach(path).map_err(|e| io_error(format!("unmounting {}", path.display()), e))
+}
+
+fn too_many(path: &Path) -> MountError {
+    io_error(format!("unmounting {}", path.display()), format!("there are still mounts after {MAX_STACK} unmounts"))
+}
+
 fn clear_if(path: &Path, may: impl Fn(&Mount) -> bool) -> Result<(), MountError> {
     for _ in 0..MAX_STACK {
         let table = read_table()?;
         let Some(mount) = table.top(path) else { return Ok(()) };
         if !may(mount) {
-            let detail = format!(
-                "{} ({}) is mounted there, not by this plugin; unmount it",
-                mount.source.display(),
-                mount.fs_type
-            );
-            return Err(MountError::Busy { path: path.to_owned(), detail });
+            return Err(foreign(path, mount));
         }
-        sys::detach(path).map_err(|e| io_error(format!("unmounting {}", path.display()), e))?;
+        detach(path)?;
     }
-    Err(io_error(
-        format!("unmounting {}", path.display()),
-        format!("there are still mounts after {MAX_STACK} unmounts"),
-    ))
+    Err(too_many(path))
+}
+
+fn is_own(mount: &Mount, own: &str) -> bool {
+    key::ours(mount).is_some_and(|(instance, _)| instance == own)
+}
+
+/// Takes away all mounts of this installation at a path but the lowest, and returns that one. Something else there: busy.
+pub(super) fn thin(path: &Path, own: &str) -> Result<Option<Mount>, MountError> {
+    for _ in 0..MAX_STACK {
+        let table = read_table()?;
+        let Some(top) = table.top(path) else { return Ok(None) };
+        for mount in [Some(top), table.below(top)].into_iter().flatten() {
+            if !is_own(mount, own) {
+                return Err(foreign(path, mount));
+            }
+        }
+        if table.below(top).is_none() {
+            return Ok(Some(top.clone()));
+        }
+        detach(path)?;
+    }
+    Err(too_many(path))
+}
+
+/// How a mount takes the place of another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Swap {
+    /// Beneath it, and then the other one is detached. Needs Linux 6.5.
+    Beneath,
+    /// On top of it. The other one stays below, one at most, until the target is unpublished.
+    Above,
+}
+
+/// Puts a mount where one of an earlier session may lie. A container that starts meanwhile sees one or the other, the dead
+/// one or the new one, but never the empty directory beneath.
+pub(super) fn replace(tree: &OwnedFd, path: &Path, is_dir: bool, own: &str, swap: Swap) -> Result<(), MountError> {
+    let attaching = |e| io_error(format!("mounting {}", path.display()), e);
+    let Some(old) = thin(path, own)? else {
+        prepare(path, is_dir)?;
+        return sys::attach(tree, path).map_err(attaching);
+    };
+    // Whatever the reason for which it can't go beneath: above it can.
+    if swap == Swap::Above || sys::attach_beneath(tree, path).is_err() {
+        return sys::attach(tree, path).map_err(attaching);
+    }
+    match read_table()?.top(path) {
+        Some(top) if top.id == old.id => detach(path),
+        Some(top) => Err(foreign(path, top)),
+        None => Ok(()),
+    }
 }
 
 /// Detaches all clip-csi mounts at a path, whoever made them, until mountinfo shows none. Something else there: busy, untouched.
@@ -160,7 +223,7 @@ pub(super) fn clear(path: &Path) -> Result<(), MountError> {
 
 /// As [`clear`], but only the mounts of this installation.
 pub(super) fn clear_own(path: &Path, own: &str) -> Result<(), MountError> {
-    clear_if(path, |mount| key::ours(mount).is_some_and(|(instance, _)| instance == own))
+    clear_if(path, |mount| is_own(mount, own))
 }
 
 /// How a shared mount is found in mountinfo.
@@ -244,8 +307,13 @@ mod tests {
         std::os::unix::fs::symlink("pods", real.join("link")).unwrap();
         assert_eq!(canonical(&real.join("link/t")).unwrap(), real.join("pods/t"));
         assert_eq!(canonical_or_gone(&real.join("link/gone/too/t")).unwrap(), real.join("pods/gone/too/t"));
-        let error = canonical(&real.join("absent/t")).unwrap_err().to_string();
-        assert!(error.contains("absent") && error.contains("create"), "{error}");
+        std::fs::write(real.join("file"), "").unwrap();
+        for parent in ["absent", "file", "absent/too"] {
+            let error = canonical(&real.join(parent).join("t")).unwrap_err();
+            assert!(matches!(error, MountError::NoParent { .. }), "{error:?}");
+            let text = error.to_string();
+            assert!(text.contains(parent) && text.contains("create the parent directory"), "{text}");
+        }
         for bad in ["t", "/", "/a/.."] {
             assert!(canonical(Path::new(bad)).is_err(), "{bad}");
             assert!(canonical_or_gone(Path::new(bad)).is_err(), "{bad}");

@@ -14,6 +14,7 @@ pub mod policy;
 pub mod registry;
 pub mod retry;
 pub mod s3;
+pub(crate) mod tls;
 
 use std::fmt::Debug;
 use std::path::PathBuf;

@@ -70,7 +70,8 @@ struct Chain {
 impl Chain {
     async fn load() -> Self {
         // The instance's metadata service is among the places asked: no guard.
-        let http = aws_smithy_http_client::Builder::new().tls_provider(client::TLS).build_https();
+        let http = aws_smithy_http_client::Builder::new().tls_provider(client::TLS);
+        let http = http.tls_context(client::tls_context()).build_https();
         let provider = ProviderConfig::without_region().with_http_client(http.clone());
         let profile = ProfileFileRegionProvider::builder().configure(&provider).build();
         let named =

@@ -89,6 +89,7 @@ impl Reply {
 pub struct Server {
     host: String,
     log: Arc<Mutex<Vec<Seen>>>,
+    came: tokio::sync::watch::Sender<()>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -96,9 +97,10 @@ impl Server {
     /// Answers by `handler`, which gets the request and how many came before it.
     pub async fn start(handler: impl Fn(&Seen, usize) -> Reply + Send + Sync + 'static) -> Self {
         let log: Arc<Mutex<Vec<Seen>>> = Arc::default();
-        let (remember, handler) = (log.clone(), Arc::new(handler));
+        let came = tokio::sync::watch::Sender::new(());
+        let (remember, handler, tell) = (log.clone(), Arc::new(handler), came.clone());
         let answer = move |request: Request| {
-            let (remember, handler) = (remember.clone(), handler.clone());
+            let (remember, handler, tell) = (remember.clone(), handler.clone(), tell.clone());
             async move {
                 let (parts, body) = request.into_parts();
                 let seen = Seen {
@@ -112,6 +114,7 @@ impl Server {
                     log.push(seen.clone());
                     log.len() - 1
                 };
+                tell.send_replace(());
                 respond(handler(&seen, before))
             }
         };
@@ -121,7 +124,7 @@ impl Server {
         let task = tokio::spawn(async move {
             let _ = axum::serve(listener, app).await;
         });
-        Self { host, log, task }
+        Self { host, log, came, task }
     }
 
     /// `127.0.0.1:port`.
@@ -132,6 +135,14 @@ impl Server {
     /// `http://127.0.0.1:port` and a path.
     pub fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.host)
+    }
+
+    /// Ready once `condition` holds of what it was asked. For a caller with a deadline.
+    pub async fn until(&self, condition: impl Fn(&[Seen]) -> bool) {
+        let mut came = self.came.subscribe();
+        while !condition(&self.seen()) {
+            came.changed().await.expect("the server lives");
+        }
     }
 
     /// What it was asked so far.

@@ -3,6 +3,7 @@
 // Each test binary uses some of it.
 #![allow(dead_code)]
 
+pub mod appear;
 pub mod http_fault;
 pub mod image;
 pub mod layers;

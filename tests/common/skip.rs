@@ -1,4 +1,4 @@
-//! Tests that need a tool which a machine may lack say so by name instead of failing or passing silently.
+//! Tests that need what a machine may lack (a tool, root, /dev/fuse) say so by name instead of failing or passing silently.
 
 use std::io::Write as _;
 
@@ -12,10 +12,37 @@ pub fn skipped(test: &str, reason: &str) {
     log.and_then(|mut log| log.write_all(line.as_bytes())).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
 }
 
-/// Ends the running test here, noted as skipped under its own name, unless all these programs are on the PATH.
-/// A test file that uses it has this module as `skip` at its root.
+/// The same, of the test that is running: the harness names a test's thread after it.
+#[allow(dead_code)]
+pub fn skipped_here(reason: &str) {
+    skipped(std::thread::current().name().unwrap_or("a test"), reason);
+}
+
+/// Why nothing can be mounted here; `None` where it can. Asks the kernel, so a root without the capability is told apart.
+#[allow(dead_code)]
+pub fn no_mounts() -> Option<&'static str> {
+    let asked = rustix::mount::fsopen("tmpfs", rustix::mount::FsOpenFlags::FSOPEN_CLOEXEC);
+    asked.is_err().then_some("it takes root, and the right to mount")
+}
+
+/// Why no FUSE filesystem can be mounted here; `None` where it can.
+#[allow(dead_code)]
+pub fn no_fuse() -> Option<&'static str> {
+    let device = std::fs::File::options().read(true).write(true).open("/dev/fuse");
+    no_mounts().or_else(|| device.is_err().then_some("it takes a /dev/fuse that opens"))
+}
+
+/// Ends the running test here, noted as skipped under its own name, unless all these programs are on the PATH; with `fuse`
+/// before them, also where no FUSE filesystem can be mounted. A test file that uses it has this module as `skip` at its root.
 #[allow(unused_macros)]
 macro_rules! needs {
+    (fuse $(, $program:literal)*) => {{
+        fn here() {}
+        let here = std::any::type_name_of_val(&here);
+        if $crate::skip::lacks_fuse(here) || $crate::skip::lacks(here, &[$($program),*]) {
+            return;
+        }
+    }};
     ($($program:literal),+) => {{
         fn here() {}
         if $crate::skip::lacks(std::any::type_name_of_val(&here), &[$($program),+]) {
@@ -26,12 +53,22 @@ macro_rules! needs {
 #[allow(unused_imports)]
 pub(crate) use needs;
 
-/// Notes a skip where one of the programs is missing. `here`: the type name of a function inside the test.
+/// The name of a test, by the type name of a function `here` inside of it.
+fn name(here: &str) -> &str {
+    here.trim_end_matches("::here").trim_end_matches("::{{closure}}")
+}
+
+/// Notes a skip where no FUSE filesystem can be mounted. `here`: as for [`lacks`].
+#[allow(dead_code)]
+pub fn lacks_fuse(here: &str) -> bool {
+    no_fuse().inspect(|why| skipped(name(here), why)).is_some()
+}
+
+/// Notes a skip where one of the programs is missing. `here`: the type name of a function inside the test, or what is skipped.
 #[allow(dead_code)]
 pub fn lacks(here: &str, programs: &[&str]) -> bool {
-    let test = here.trim_end_matches("::here").trim_end_matches("::{{closure}}");
     let missing = programs.iter().find(|program| !installed(program));
-    missing.inspect(|program| skipped(test, &format!("{program} is not installed"))).is_some()
+    missing.inspect(|program| skipped(name(here), &format!("{program} is not installed"))).is_some()
 }
 
 /// Whether a program is on the PATH.

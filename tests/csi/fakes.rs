@@ -39,8 +39,27 @@ impl Gate {
     }
 }
 
+/// Something happened that a test may wait for.
+#[derive(Debug, Default)]
+pub struct Happened(watch::Sender<()>);
+
+impl Happened {
+    fn tell(&self) {
+        self.0.send_replace(());
+    }
+
+    /// Ready once `condition` holds. For a caller with a deadline.
+    pub async fn until(&self, condition: impl Fn() -> bool) {
+        let mut happened = self.0.subscribe();
+        while !condition() {
+            happened.changed().await.unwrap();
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct FakeMounts {
+    pub happened: Happened,
     published: Mutex<HashMap<PathBuf, (MountSpec, TargetSpec)>>,
     pub publishing: Gate,
     pub recovering: Gate,
@@ -70,6 +89,8 @@ impl Mounts for FakeMounts {
             let path = target.target.clone();
             return Err(MountError::Conflict { path, detail: "image differs".into() });
         }
+        drop(published);
+        self.happened.tell();
         let detected_from = "storage info of type oci".into();
         Ok(Published { version: Version::V2, detected_from, already: before.is_some(), shared: false })
     }
@@ -85,6 +106,7 @@ impl Mounts for FakeMounts {
     }
     async fn recover(&self) -> Recovery {
         self.recoveries.fetch_add(1, Ordering::SeqCst);
+        self.happened.tell();
         self.recovering.pass().await;
         Recovery::default()
     }
@@ -95,6 +117,7 @@ impl Mounts for FakeMounts {
 
 #[derive(Debug, Default)]
 pub struct FakeImages {
+    pub happened: Happened,
     pub building: Gate,
     pub requests: Mutex<Vec<Request>>,
     pub fails: Mutex<Option<SourceError>>,
@@ -114,6 +137,7 @@ impl FakeImages {
 impl Images for FakeImages {
     async fn provide(&self, request: &Request) -> Result<Provided, BuildError> {
         self.requests.lock().unwrap().push(request.clone());
+        self.happened.tell();
         self.building.pass().await;
         if let Some(error) = self.fails.lock().unwrap().clone() {
             return Err(error.into());

@@ -342,20 +342,13 @@ async fn a_node_that_is_starting_keeps_its_taint() {
 
 #[tokio::test]
 async fn a_controller_is_ready_when_store_and_api_answer() {
-    let server = Server::controller(true).await;
-    let what = "get /version".to_owned();
-    server.kube.fail("reachable", KubeError::Unavailable { what, detail: "timeout".into() });
-    let mut identity = server.identity_client().await;
-    // An answer is kept for some seconds, the one from the start too.
-    let refused = async {
-        loop {
-            match identity.probe(ProbeRequest {}).await {
-                Err(status) => break status,
-                Ok(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
-            }
-        }
-    };
-    let status = tokio::time::timeout(PATIENCE, refused).await.unwrap();
+    let well = Server::controller(true).await;
+    well.identity_client().await.probe(ProbeRequest {}).await.unwrap();
+    // From the start: an answer is kept for some seconds.
+    let (kube, what) = (Arc::<FakeKube>::default(), "get /version".to_owned());
+    kube.fail("reachable", KubeError::Unavailable { what, detail: "timeout".into() });
+    let ill = Server::controller_over(Some(Arc::default()), kube, true).await;
+    let status = ill.identity_client().await.probe(ProbeRequest {}).await.unwrap_err();
     assert!(status.message().contains("kubernetes: ") && status.message().contains("timeout"), "{}", status.message());
 }
 

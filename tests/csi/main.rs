@@ -1,5 +1,8 @@
 //! The CSI services over real unix sockets, with fakes behind them: no mounts, no network.
 
+#[path = "../common/appear.rs"]
+#[allow(dead_code)]
+mod appear;
 mod controller;
 mod fakes;
 mod kube;
@@ -102,9 +105,15 @@ impl Server {
             readiness,
         };
         let (stop, stopped) = oneshot::channel::<()>();
-        let serving = tokio::spawn(serve_node(context, async { drop(stopped.await) }));
-        // Recovery begins once the socket is bound.
-        wait_for("recovery", || mounts.recoveries() > 0 || serving.is_finished()).await;
+        let mut serving = tokio::spawn(serve_node(context, async { drop(stopped.await) }));
+        // Recovery begins once the socket is bound, and never where that fails.
+        let begun = async {
+            tokio::select! {
+                () = mounts.happened.until(|| mounts.recoveries() > 0) => {}
+                ended = &mut serving => serving = tokio::spawn(async { ended.unwrap() }),
+            }
+        };
+        in_time("recovery", begun).await;
         Self { dir, config, mounts, images, volumes: Arc::default(), kube, stop: Some(stop), serving }
     }
 
@@ -131,7 +140,7 @@ impl Server {
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(serve_controller(context, async { drop(stopped.await) }));
         let socket = config.socket_path().unwrap();
-        wait_for("the socket", || socket.exists()).await;
+        in_time("the socket", appear::appears(&socket)).await;
         Self { dir, config, mounts: Arc::default(), images, volumes, kube, stop: Some(stop), serving }
     }
 
@@ -198,12 +207,7 @@ fn map(pairs: &[(&str, &str)]) -> HashMap<String, String> {
     pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
 }
 
-/// For what tells nobody: asked for again and again, within bounds.
-async fn wait_for(what: &str, condition: impl Fn() -> bool) {
-    let waiting = async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("{what} did not come about"));
+/// Waits, but not for ever.
+async fn in_time(what: &str, event: impl Future<Output = ()>) {
+    tokio::time::timeout(PATIENCE, event).await.unwrap_or_else(|_| panic!("{what} did not come about"));
 }

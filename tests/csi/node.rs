@@ -19,7 +19,7 @@ use clip_csi::source::SourceError;
 use futures::FutureExt as _;
 use tonic::Code;
 
-use super::{Server, map, mount_capability, wait_for};
+use super::{Server, in_time, map, mount_capability};
 
 const IMAGE: (&str, &str) = ("image", "registry.example/team/app:1");
 
@@ -191,7 +191,7 @@ async fn unpublish_ends_a_waiting_publish_and_nothing_is_mounted_afterwards() {
         let (mut client, request) = (client.clone(), server.publish("t", &[IMAGE]));
         async move { client.node_publish_volume(request).await }
     });
-    wait_for("the build", || server.images.asked() == 1).await;
+    in_time("the build", server.images.happened.until(|| server.images.asked() == 1)).await;
     client.node_unpublish_volume(unpublish(&server, "t")).await.unwrap();
     assert_eq!(waiting.await.unwrap().unwrap_err().code(), Code::Aborted);
     server.images.building.open();
@@ -221,11 +221,12 @@ async fn a_caller_that_hangs_up_leaves_a_whole_mount_or_none() {
         let (mut client, request) = (client.clone(), server.publish("t", &[IMAGE]));
         async move { client.node_publish_volume(request).await }
     });
-    wait_for("the build", || server.images.asked() == 1).await;
+    in_time("the build", server.images.happened.until(|| server.images.asked() == 1)).await;
     caller.abort();
     assert!(caller.await.unwrap_err().is_cancelled());
     server.mounts.publishing.open();
-    wait_for("the mount", || server.mounts.at(&server.target("t")).is_some()).await;
+    let made = || server.mounts.at(&server.target("t")).is_some();
+    in_time("the mount", server.mounts.happened.until(made)).await;
 }
 
 #[tokio::test]
@@ -278,7 +279,7 @@ async fn stopping_answers_who_waits_lets_go_of_the_mounts_and_unlinks_nothing() 
         let (mut client, request) = (client.clone(), server.publish("t", &[IMAGE]));
         async move { client.node_publish_volume(request).await }
     });
-    wait_for("the build", || server.images.asked() == 1).await;
+    in_time("the build", server.images.happened.until(|| server.images.asked() == 1)).await;
     server.stop().await.unwrap();
     let status = waiting.await.unwrap().unwrap_err();
     assert!(status.code() == Code::Aborted && status.message().contains("stopping"), "{status:?}");

@@ -8,7 +8,7 @@ use clip_csi::csi::proto::v1::ProbeRequest;
 use clip_csi::csi::{CsiError, Readiness, unregister};
 
 use super::fakes::FakeMounts;
-use super::{Server, config, dial, wait_for};
+use super::{Server, appear, config, dial, in_time};
 
 fn link(server: &Server) -> PathBuf {
     server.dir.path().join("plugins_registry/clip.csi.beam.cloud-reg.sock")
@@ -29,7 +29,7 @@ async fn the_kubelet_finds_the_link_only_once_the_csi_socket_answers() {
     let server = start(&dir, &mounts).await;
     assert!(server.socket().exists() && link(&server).symlink_metadata().is_err(), "bound, but nobody answers yet");
     mounts.recovering.open();
-    wait_for("the link", || link(&server).symlink_metadata().is_ok()).await;
+    in_time("the link", appear::appears(&link(&server))).await;
     // As the kubelet does: through the link, then to the endpoint that it is told.
     let mut kubelet = RegistrationClient::new(dial(&link(&server)).await);
     let info = kubelet.get_info(InfoRequest {}).await.unwrap().into_inner();
@@ -51,7 +51,7 @@ async fn the_kubelet_finds_the_link_only_once_the_csi_socket_answers() {
 async fn a_restart_keeps_the_links_inode_and_the_sockets_names() {
     let (dir, mounts) = (Arc::new(tempfile::tempdir().unwrap()), Arc::<FakeMounts>::default());
     let mut first = start(&dir, &mounts).await;
-    wait_for("the link", || link(&first).symlink_metadata().is_ok()).await;
+    in_time("the link", appear::appears(&link(&first))).await;
     let inode = link(&first).symlink_metadata().unwrap().ino();
     first.stop().await.unwrap();
     assert!(link(&first).symlink_metadata().is_ok() && first.socket().exists(), "stopping unlinks nothing");

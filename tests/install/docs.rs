@@ -39,14 +39,18 @@ fn the_dashboard_asks_for_metrics_that_exist() {
 /// How docs/configuration.md writes a default.
 fn written(default: &Value) -> Vec<String> {
     let nothing = || ["none", "unset", "off", "the pod's own"].map(String::from).to_vec();
-    let gib = |bytes: u64| (bytes > 0 && bytes.is_multiple_of(1 << 30)).then(|| format!("{} GiB", bytes >> 30));
+    let size = |bytes: u64| match bytes {
+        1.. if bytes.is_multiple_of(1 << 30) => Some(format!("{} GiB", bytes >> 30)),
+        1.. if bytes.is_multiple_of(1 << 20) => Some(format!("{} MiB", bytes >> 20)),
+        _ => None,
+    };
     match default {
         // What nothing means differs: a file, a place, a server.
         Value::Null => nothing(),
         Value::String(text) if text.is_empty() => nothing(),
         Value::Array(list) if list.is_empty() => vec!["none".into()],
         Value::Object(map) if map.is_empty() => vec!["none".into()],
-        Value::Number(number) => vec![number.as_u64().and_then(gib).unwrap_or_else(|| number.to_string())],
+        Value::Number(number) => vec![number.as_u64().and_then(size).unwrap_or_else(|| number.to_string())],
         Value::String(text) => vec![format!("`{text}`")],
         other => vec![other.to_string()],
     }

@@ -100,6 +100,7 @@ fn the_schema_knows_exactly_the_values_that_exist() {
 /// Keys of the configuration that the chart sets from other values, or leaves at their defaults.
 const OF_THE_CHART: &[&str] = &[
     "cache.dir",
+    "cache.fillBytes",
     "cache.maxBytes",
     "csi.driverName",
     "csi.endpoint",

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::LazyLock;
 
 use crate::common::node::unmount_below;
-use crate::common::skip::skipped;
+use crate::common::skip::{no_fuse, skipped};
 use crate::common::tree::Facts;
 
 /// What a tree shows.
@@ -37,14 +37,13 @@ impl Reference {
         };
         let mut missing: Vec<String> =
             tools.iter().filter(|tool| !there(tool)).map(|tool| format!("{tool} is not installed")).collect();
-        if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
-            missing.push("it takes root and /dev/fuse".into());
-        }
-        if PROGRAM.is_none() {
-            missing.push("no Go toolchain".into());
-        }
+        missing.extend(no_fuse().map(str::to_owned));
+        // Built only where it will be used.
         if missing.is_empty() {
-            return PROGRAM.as_deref().map(Self);
+            match PROGRAM.as_deref() {
+                Some(program) => return Some(Self(program)),
+                None => missing.push("no Go toolchain".into()),
+            }
         }
         // The harness names a test's thread after it.
         skipped(std::thread::current().name().unwrap_or("interop"), &missing.join("; "));

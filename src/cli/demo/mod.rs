@@ -111,7 +111,10 @@ impl DemoArgs {
             let mut plugin = Plugin::start(root).await?;
             report::plugin(&mut plugin).await?;
             for archive in &archives {
-                seen.push(publish(&mut plugin, archive, &image).await?);
+                match publish(&mut plugin, archive, &image).await {
+                    Ok(one) => seen.push(one),
+                    Err(error) => return Err(plugin.explain(error).await),
+                }
             }
             plugin.stop().await?;
         }

@@ -22,6 +22,8 @@ use crate::telemetry::LogFormat;
 const REMOVALS: u32 = 100;
 /// Between two such tries.
 const PAUSE: Duration = Duration::from_millis(50);
+/// Who is connected to a process hears of its end before its parent does.
+const NEWS: Duration = Duration::from_millis(500);
 /// For the child to start, and to end.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// What the plugin logs once its CSI socket answers.
@@ -181,6 +183,19 @@ impl Plugin {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.map_err(io)?;
         Ok(sum(&answer, name))
+    }
+
+    /// An error in the plugin's use; where the plugin has ended, that is what went wrong.
+    pub(super) async fn explain(&mut self, error: CliError) -> CliError {
+        match tokio::time::timeout(NEWS, self.child.0.wait()).await {
+            Ok(Ok(status)) => {
+                let said = tail(&self.log);
+                CliError::Failed(format!(
+                    "the node plugin ended by itself ({status}): {error}; its log ends with: {said}"
+                ))
+            }
+            _ => error,
+        }
     }
 
     /// SIGTERM, and its end.

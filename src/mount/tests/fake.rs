@@ -25,6 +25,7 @@ use crate::units::Digest;
 
 use super::super::serve::{Place, Served, Server};
 use super::super::sys::{self, Liveness};
+use super::super::target::Swap;
 use super::super::{MountConfig, MountError, MountManager, MountSpec, io_error};
 use crate::fs::mountinfo::MountTable;
 
@@ -36,10 +37,10 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// `None`: not root, so nothing can be mounted.
+    /// `None`: nothing can be mounted here, and that is noted.
     pub fn new() -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: mounting needs root");
+        if let Some(why) = crate::skip::no_fuse() {
+            crate::skip::skipped_here(why);
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -122,6 +123,10 @@ pub struct Fake {
     pub fuse: bool,
     /// Deaths are announced, as FUSE sessions do.
     pub announces: bool,
+    /// As on a kernel that can't mount beneath another mount.
+    pub before_6_5: bool,
+    /// Mounts that no record names are still answered.
+    pub alive: bool,
     /// Nothing is admitted without credentials.
     pub private: bool,
     /// Set: each open waits for a permit.
@@ -205,7 +210,15 @@ impl Server for Fake {
 
     fn probe(&self, path: &Path, deadline: Duration) -> Liveness {
         // A tmpfs answers always; what the earlier manager left of one counts as dead.
-        if self.fuse { sys::probe(path, deadline) } else { Liveness::Dead }
+        match self.fuse {
+            true => sys::probe(path, deadline),
+            false if self.alive => Liveness::Alive,
+            false => Liveness::Dead,
+        }
+    }
+
+    fn swap(&self) -> Swap {
+        if self.before_6_5 { Swap::Above } else { Swap::Beneath }
     }
 }
 

@@ -15,6 +15,7 @@ use super::super::SourceError;
 use super::super::address::{Reach, Refused, find_cause};
 use super::super::policy::SourceConfig;
 use super::super::retry::{self, Failure};
+use super::super::tls;
 use super::credentials::canonical_host;
 
 /// Redirects that are followed in one request: storage needs one, a CDN before it two.
@@ -204,32 +205,34 @@ fn proxy_hosts() -> Vec<String> {
 
 fn build_client(reach: Reach, ca_file: Option<&Path>) -> Result<reqwest::Client, SourceError> {
     install_tls();
-    let base = || {
-        reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .dns_resolver(std::sync::Arc::new(Resolver { reach, proxies: proxy_hosts() }))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_keepalive(Duration::from_secs(30))
-            .pool_idle_timeout(Duration::from_secs(60))
-            .user_agent(concat!("clip-csi/", env!("CARGO_PKG_VERSION")))
-    };
-    let mut builder = base();
+    let mut builder = reqwest::Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .dns_resolver(std::sync::Arc::new(Resolver { reach, proxies: proxy_hosts() }))
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_keepalive(Duration::from_secs(30))
+        .pool_idle_timeout(Duration::from_secs(60))
+        .user_agent(concat!("clip-csi/", env!("CARGO_PKG_VERSION")));
     if let Some(file) = ca_file {
         let pem = std::fs::read(file).map_err(|e| SourceError::of_io(file.display(), &e))?;
-        let invalid = |e: reqwest::Error| SourceError::Invalid {
+        let invalid = |why: &str| SourceError::Invalid {
             what: file.display().to_string(),
-            detail: format!("holds no CA certificates in PEM form: {e}"),
+            detail: format!("holds no CA certificates in PEM form{why}"),
         };
-        builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(&pem).map_err(invalid)?);
+        let certificates =
+            reqwest::Certificate::from_pem_bundle(&pem).map_err(|e| invalid(&format!(": {}", cause(&e))))?;
+        if certificates.is_empty() {
+            return Err(invalid(""));
+        }
+        builder = builder.tls_certs_merge(certificates);
     }
-    builder.build().or_else(|error| {
-        // A machine without any CA certificates can still speak plain HTTP; TLS fails at the first certificate.
-        tracing::warn!(%error, "no CA certificates could be loaded; HTTPS will fail (install ca-certificates)");
+    if ca_file.is_none() && !tls::has_roots() {
+        // Plain HTTP can still be spoken; TLS fails at the first certificate.
         let none = rustls::ClientConfig::builder().with_root_certificates(rustls::RootCertStore::empty());
-        base()
-            .tls_backend_preconfigured(none.with_no_client_auth())
-            .build()
-            .map_err(|e| SourceError::Invalid { what: "the HTTP client".into(), detail: e.to_string() })
+        builder = builder.tls_backend_preconfigured(none.with_no_client_auth());
+    }
+    builder.build().map_err(|error| {
+        let what = ca_file.map_or_else(|| "the HTTP client".to_owned(), |file| file.display().to_string());
+        SourceError::Invalid { what, detail: cause(&error) }
     })
 }
 
@@ -248,16 +251,18 @@ fn send_error(what: &str, url: &Url, error: reqwest::Error) -> Failure {
         return refused(what, found).into();
     }
     let host = host_of(url);
-    let tls = match find_cause::<rustls::Error>(&error) {
+    let detail = match find_cause::<rustls::Error>(&error) {
         Some(rustls::Error::InvalidCertificate(why)) => {
-            Some(format!("the certificate of {host} is not trusted ({why}); set sources.registries.\"{host}\".caFile"))
+            let set =
+                format!("the certificate of {host} is not trusted ({why}); set sources.registries.\"{host}\".caFile");
+            Some(tls::untrusted(&host, set))
         }
         Some(rustls::Error::InvalidMessage(_)) => Some(format!(
             "{host} does not speak TLS; if it speaks plain HTTP, set sources.registries.\"{host}\".plainHttp"
         )),
         _ => None,
     };
-    if let Some(detail) = tls {
+    if let Some(detail) = detail {
         return SourceError::Unavailable { what: what.into(), tries: 1, detail }.into();
     }
     if error.is_builder() {

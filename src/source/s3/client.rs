@@ -9,7 +9,7 @@ use aws_credential_types::provider::{ProvideCredentials, future};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::Connector;
 use aws_smithy_http_client::proxy::ProxyConfig;
-use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode};
 use aws_smithy_runtime_api::client::dns::{DnsFuture, ResolveDns, ResolveDnsError};
 use aws_smithy_runtime_api::client::http::{
     HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector,
@@ -20,11 +20,18 @@ use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 
 use super::super::address::{Reach, Refused, find_cause};
 use super::super::retry::{self, Failure};
-use super::super::{S3Keys, SourceError};
+use super::super::{S3Keys, SourceError, tls};
 
 /// TLS by ring, as everywhere in this driver.
 pub(super) const TLS: Provider = Provider::Rustls(CryptoMode::Ring);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// The machine's CA certificates; none where there are none, which the SDK would not take for an error but a bug.
+pub(super) fn tls_context() -> TlsContext {
+    let store = TrustStore::empty().with_native_roots(tls::has_roots());
+    // Only bad certificates given here would be an error.
+    TlsContext::builder().with_trust_store(store).build().unwrap_or_default()
+}
 
 /// An HTTP client that reaches what its policy allows. Clones share their connections. Redirects are not followed: the SDK
 /// makes errors of them.
@@ -47,7 +54,8 @@ impl HttpClient for Guard {
             let mut builder = Connector::builder()
                 .connector_settings(settings)
                 .proxy_config(ProxyConfig::from_env())
-                .tls_provider(TLS);
+                .tls_provider(TLS)
+                .tls_context(tls_context());
             builder.set_sleep_impl(components.sleep_impl());
             let inner = builder.build_with_resolver(Resolver(self.reach));
             SharedHttpConnector::new(Checked { reach: self.reach, inner })
@@ -142,6 +150,12 @@ where
         let detail =
             format!("there are no usable AWS credentials ({}); set AWS_ACCESS_KEY_ID or a role", cause(credentials));
         return SourceError::Denied { what: what.into(), detail }.into();
+    }
+    if let Some(rustls::Error::InvalidCertificate(why)) = find_cause::<rustls::Error>(&error) {
+        let remedy = "add its authority to those of this machine, or name it in SSL_CERT_FILE";
+        let detail = format!("the certificate of the endpoint is not trusted ({why}); {remedy}");
+        let detail = tls::untrusted("the endpoint", detail);
+        return SourceError::Unavailable { what: what.into(), tries: 1, detail }.into();
     }
     let SdkError::ServiceError(service) = &error else {
         return match &error {
