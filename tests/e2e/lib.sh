@@ -123,8 +123,8 @@ registered() { k get csinode -o jsonpath='{.items[*].spec.drivers[*].name}' | gr
 
 # --- the node's inside, of tests/kube's cluster only
 in_node() { nsenter -t "$(cat "$KUBE_STATE/init.pid")" -m -n -p -u -i -- "$@"; }
-# mountinfo of the node, of our mounts only: "mount-point options".
-our_mounts() { awk '/ clip-csi:/ {print $5}' "/proc/$(cat "$KUBE_STATE/init.pid")/mountinfo"; }
+# Where the node has our mounts. Those that a plugin on this machine had when the node came up are in its table too.
+our_mounts() { awk '/ clip-csi:/ && $5 ~ "^/var/lib/kubelet/" {print $5}' "/proc/$(cat "$KUBE_STATE/init.pid")/mountinfo"; }
 shared_mounts() { our_mounts | grep -c "/plugins/$driver/mounts/" || true; }
 bind_mounts() { our_mounts | grep -c '/pods/' || true; }
 no_mounts() { [ -z "$(our_mounts)" ]; }
