@@ -102,6 +102,8 @@ ready() { # pod... : waits
     fail "not ready: $*"
   }
 }
+# Ends a pod's container, and with it, at times, the command that asks for it.
+end_container() { kw exec "$1" -- kill -TERM 1 > /dev/null 2>&1 || true; }
 events_of() { k get events --field-selector "involvedObject.name=$1" -o jsonpath='{range .items[*]}{.message}{"\n"}{end}'; }
 event_contains() { events_of "$1" | grep -qF -- "$2"; }
 

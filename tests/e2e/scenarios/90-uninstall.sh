@@ -7,7 +7,7 @@ helm upgrade clip-csi "$e2e/../../charts/clip-csi" --namespace "$namespace" --va
 driver_ready
 replaced() { [ "$(node_pod)" != "$old" ]; }
 eventually 120 'other configuration, other pods' replaced
-kw exec upgraded -- kill -TERM 1
+end_container upgraded
 reads() { kw exec upgraded -- cat /image/srv/one-name | grep -qx 'two names'; }
 eventually 120 'after the upgrade a new container has the volume' reads
 gone 60 upgraded
