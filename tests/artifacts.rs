@@ -29,16 +29,16 @@ use common::skip::{self, needs, skipped};
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const V2: &str = "application/vnd.beam.clip.archive.v2";
 
-/// go-containerregistry's registry, built once per run; `None` where there is no Go.
-static GO_REGISTRY: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
-    Command::new("go").arg("version").output().ok().filter(|output| output.status.success())?;
+/// go-containerregistry's registry, built once per run, or why it can't be.
+static GO_REGISTRY: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
+    skip::no_go().map_or(Ok(()), Err)?;
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("referrers_registry");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/referrers");
     let mut build = Command::new("go");
     build.args(["build", "-o"]).arg(&program).arg(".").current_dir(source).env("GOTOOLCHAIN", "local");
     let output = build.output().expect("go build can be started");
     assert!(output.status.success(), "go build: {}", String::from_utf8_lossy(&output.stderr));
-    Some(program)
+    Ok(program)
 });
 
 /// A registry of either kind.
@@ -83,8 +83,8 @@ async fn everywhere(test: &str, body: impl AsyncFn(&Place)) {
         false => skipped(test, "docker-registry is not installed"),
     }
     match GO_REGISTRY.as_deref() {
-        Some(program) => body(&Place::go(program)).await,
-        None => skipped(test, "no Go toolchain"),
+        Ok(program) => body(&Place::go(program)).await,
+        Err(why) => skipped(test, why),
     }
 }
 

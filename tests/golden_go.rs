@@ -171,7 +171,7 @@ fn write(storage: &Storage, tree: &Tree, tail_pos: u64) -> tempfile::NamedTempFi
 
 #[test]
 fn the_go_module_reads_our_v1_archives() {
-    needs!("go");
+    needs!(go);
     let golden = &*GOLDEN;
     let tree = tree(false);
     let file = write(&Storage::Local, &tree, 500);
@@ -196,7 +196,7 @@ fn the_go_module_reads_our_v1_archives() {
 
 #[test]
 fn the_go_module_reads_our_v2_indexes() {
-    needs!("go");
+    needs!(go);
     let golden = &*GOLDEN;
     let layers = [Digest::of(b"a").to_string(), Digest::of(b"b").to_string()];
     let map = |value: &str| [(layers[0].clone(), value.to_owned())].into();

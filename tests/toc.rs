@@ -104,7 +104,7 @@ fn by_table(archive: &str) -> Vec<bool> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_with_a_table_are_published_from_a_registry_as_an_unpacker_shows_them() {
-    needs!("go", "umoci", "docker-registry");
+    needs!(fuse, go, "umoci", "docker-registry");
     let tars: Vec<Vec<u8>> = layers::tricky(Compression::None).into_iter().map(Layer::into_tar).collect();
     let place = Place::new();
     layers::write_layout(&place.path("plain"), layers::tricky(Compression::Gzip));
@@ -131,7 +131,7 @@ async fn layers_with_a_table_are_published_from_a_registry_as_an_unpacker_shows_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn indexing_by_a_table_fetches_less_than_two_percent_of_a_layer() {
-    needs!("go", "docker-registry");
+    needs!(go, "docker-registry");
     let wanted = layers::letters(77, 100_000);
     let big: Vec<Vec<u8>> = (0..6).map(|seed| layers::letters(seed, 12 << 20)).collect();
     let mut made = Layer::new(Compression::None);
@@ -174,7 +174,7 @@ async fn indexing_by_a_table_fetches_less_than_two_percent_of_a_layer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_layer_whose_table_nobody_vouches_for_or_that_lies_is_streamed() {
-    needs!("go", "umoci");
+    needs!(fuse, go, "umoci");
     let tars: Vec<Vec<u8>> = layers::tricky(Compression::None).into_iter().map(Layer::into_tar).collect();
     let manifest = |kind: &str, name: &str| format!("io.github.containers.zstd-chunked.manifest-{name}{kind}");
     let (position, checksum) = (manifest("", "position"), manifest("", "checksum"));
@@ -228,7 +228,7 @@ fn flate2_empty() -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_tables_every_layer_is_streamed_for_the_go_module_to_read() {
-    needs!("go");
+    needs!(go);
     let place = Place::new();
     let tar = Layer::new(Compression::None).file("a", b"content").into_tar();
     layers::write_stored(&place.path("layout"), [layer("estargz", &tar)]);
@@ -240,7 +240,7 @@ async fn without_tables_every_layer_is_streamed_for_the_go_module_to_read() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_found_by_a_table_fails_in_the_go_module_rather_than_lies() {
-    let Some(go) = Reference::or_skip(&["go", "docker-registry"]) else { return };
+    let Some(go) = Reference::or_skip(&["docker-registry"]) else { return };
     let place = Place::new();
     let with_table = Layer::new(Compression::None).dir("d", 0o755).file("d/found", b"by its table").into_tar();
     let tar = Layer::new(Compression::None).file("ordinary", b"by the stream").into_tar();

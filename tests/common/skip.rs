@@ -32,20 +32,38 @@ pub fn no_fuse() -> Option<&'static str> {
     no_mounts().or_else(|| device.is_err().then_some("it takes a /dev/fuse that opens"))
 }
 
-/// Ends the running test here, noted as skipped under its own name, unless all these programs are on the PATH; with `fuse`
-/// before them, also where no FUSE filesystem can be mounted. A test file that uses it has this module as `skip` at its root.
+/// Why no Go program of a test can be built here; `None` where it can. A Go that has all it needs and fails is no reason.
+#[allow(dead_code)]
+pub fn no_go() -> Option<String> {
+    let asked = std::process::Command::new("go").args(["env", "GOCACHE"]).output();
+    let Some(output) = asked.ok().filter(|output| output.status.success()) else {
+        return Some("no Go toolchain".into());
+    };
+    let cache = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let writable = |dir: &str| std::fs::create_dir_all(dir).and_then(|()| tempfile::tempfile_in(dir)).is_ok();
+    let places = [Some(cache.as_str()), option_env!("CARGO_TARGET_TMPDIR")];
+    let shut = places.into_iter().flatten().find(|dir| !writable(dir));
+    shut.map(|dir| format!("Go builds into {dir}, which can't be written to"))
+}
+
+/// Ends the running test here, noted as skipped under its own name, unless all of this is there: `fuse` (a FUSE filesystem can be
+/// mounted), `go` (a Go program can be built), a program on the PATH by its name. A test file that uses it has this module as
+/// `skip` at its root.
 #[allow(unused_macros)]
 macro_rules! needs {
-    (fuse $(, $program:literal)*) => {{
+    (@ $here:ident fuse) => {
+        $crate::skip::lacks_fuse($here)
+    };
+    (@ $here:ident go) => {
+        $crate::skip::lacks_go($here)
+    };
+    (@ $here:ident $program:literal) => {
+        $crate::skip::lacks($here, &[$program])
+    };
+    ($($what:tt),+) => {{
         fn here() {}
         let here = std::any::type_name_of_val(&here);
-        if $crate::skip::lacks_fuse(here) || $crate::skip::lacks(here, &[$($program),*]) {
-            return;
-        }
-    }};
-    ($($program:literal),+) => {{
-        fn here() {}
-        if $crate::skip::lacks(std::any::type_name_of_val(&here), &[$($program),+]) {
+        if $($crate::skip::needs!(@ here $what))||+ {
             return;
         }
     }};
@@ -62,6 +80,12 @@ fn name(here: &str) -> &str {
 #[allow(dead_code)]
 pub fn lacks_fuse(here: &str) -> bool {
     no_fuse().inspect(|why| skipped(name(here), why)).is_some()
+}
+
+/// Notes a skip where no Go program can be built. `here`: as for [`lacks`].
+#[allow(dead_code)]
+pub fn lacks_go(here: &str) -> bool {
+    no_go().inspect(|why| skipped(name(here), why)).is_some()
 }
 
 /// Notes a skip where one of the programs is missing. `here`: the type name of a function inside the test, or what is skipped.

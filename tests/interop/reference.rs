@@ -7,21 +7,21 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::LazyLock;
 
 use crate::common::node::unmount_below;
-use crate::common::skip::{no_fuse, skipped};
+use crate::common::skip::{no_fuse, no_go, skipped};
 use crate::common::tree::Facts;
 
 /// What a tree shows.
 pub type Seen = BTreeMap<PathBuf, Facts>;
 
-/// The program, built once per run; `None` where there is no Go. A Go that can't build it is a failure.
-static PROGRAM: LazyLock<Option<PathBuf>> = LazyLock::new(|| {
-    Command::new("go").arg("version").output().ok().filter(|output| output.status.success())?;
+/// The program, built once per run, or why it can't be. A Go that fails to build it is a failure.
+static PROGRAM: LazyLock<Result<PathBuf, String>> = LazyLock::new(|| {
+    no_go().map_or(Ok(()), Err)?;
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("interop_reference");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop");
     let mut build = Command::new("go");
     build.args(["build", "-o"]).arg(&program).arg(".").current_dir(source).env("GOTOOLCHAIN", "local");
     succeeded(&build.output().expect("go build can be started"), "go build");
-    Some(program)
+    Ok(program)
 });
 
 /// The Go module.
@@ -40,9 +40,9 @@ impl Reference {
         missing.extend(no_fuse().map(str::to_owned));
         // Built only where it will be used.
         if missing.is_empty() {
-            match PROGRAM.as_deref() {
-                Some(program) => return Some(Self(program)),
-                None => missing.push("no Go toolchain".into()),
+            match PROGRAM.as_deref().map_err(String::as_str) {
+                Ok(program) => return Some(Self(program)),
+                Err(why) => missing.push(why.to_owned()),
             }
         }
         // The harness names a test's thread after it.
