@@ -1,10 +1,13 @@
 //! The product as its users meet it, as ratios against a baseline in the same run: a published image beside the same
 //! tree on disk, an index build and a mount beside the Go reference (where Go is installed).
 //!
-//! `cargo bench --bench mounted`; needs root, /dev/fuse and docker-registry.
+//! `cargo bench --bench mounted [-- LAYERS-DIR]`; needs root, /dev/fuse and docker-registry. With the layers of the real image
+//! that `make bench-sweep` makes, that is indexed too.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "common/image.rs"]
+mod real;
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -38,7 +41,16 @@ async fn main() {
     against_disk(&image, &registry).await;
     println!();
     let reference = reference(dir.path());
-    index_build(&image, reference.as_deref(), dir.path());
+    index_build("index of that image from a registry", &image.reference, reference.as_deref(), dir.path());
+    let layers = real::layers();
+    if real::files(&layers).is_empty() {
+        println!("SKIPPED: index of a real image: `make bench-sweep` makes its layers");
+    } else {
+        let (compressed, uncompressed) = real::layout(&layers, &dir.path().join("real"));
+        registry.push_layout(&dir.path().join("real"), "bench/real", "v1").await;
+        let name = format!("index of {} MB, {} unpacked", compressed / 1_000_000, uncompressed / 1_000_000);
+        index_build(&name, &registry.image("bench/real", "v1"), reference.as_deref(), dir.path());
+    }
     let large = Image::new(&dir.path().join("100k"), 100_000, &registry, "bench/100k").await;
     memory(&large, reference.as_deref(), &registry, dir.path()).await;
 }
@@ -146,20 +158,31 @@ fn reference(dir: &Path) -> Option<PathBuf> {
     }
 }
 
-fn index_build(image: &Image, reference: Option<&Path>, dir: &Path) {
+fn index_build(name: &str, image: &str, reference: Option<&Path>, dir: &Path) {
     let out = dir.join("out.clip");
-    let ours = || {
-        run(Command::new(env!("CARGO_BIN_EXE_clip-csi"))
-            .args(["-q", "index", "--no-cache", &image.reference, "-o"])
-            .arg(&out))
-    };
+    let ours =
+        || run(Command::new(env!("CARGO_BIN_EXE_clip-csi")).args(["-q", "index", "--no-cache", image, "-o"]).arg(&out));
     match reference {
         Some(reference) => {
-            let theirs = || run(Command::new(reference).args(["index", &image.reference]).arg(dir.join("go.clip")));
-            compare("index of the image from a registry", "Go", ours, theirs);
+            let theirs = || run(Command::new(reference).args(["index", image]).arg(dir.join("go.clip")));
+            compare(name, "Go", ours, theirs);
+            let cpu = |work: &dyn Fn()| {
+                let before = cpu_of_children();
+                (0..3).for_each(|_| work());
+                cpu_of_children() - before
+            };
+            println!("{:39} in CPU time: ratio {:.2}", "", cpu(&ours) / cpu(&theirs));
         }
-        None => println!("index of the image from a registry      {:7.1} ms", ms(timed(ours))),
+        None => println!("{name:39} {:7.1} ms", ms(timed(ours))),
     }
+}
+
+/// Seconds of CPU that the processes took which this one has waited for.
+fn cpu_of_children() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    // Behind the name, which may hold anything, field 3 comes first; wanted are 16 and 17, in ticks of 10 ms.
+    let fields = stat.rsplit(')').next().unwrap().split_whitespace().skip(13);
+    fields.take(2).map(|ticks| ticks.parse::<f64>().unwrap() / 100.0).sum()
 }
 
 async fn memory(image: &Image, reference: Option<&Path>, registry: &Registry, dir: &Path) {

@@ -3,22 +3,24 @@
 //! `make bench-sweep`, or `cargo bench --bench sweep -- [LAYERS-DIR]`: the directory holds the layers as `*.tar.gz`, in their
 //! order; `benches/sweep-image.sh` makes it where it is missing. Needs root, /dev/fuse and docker-registry.
 //! For each span size: archive and seek table, the time to the first file, and `import numpy` in a chroot, all with an empty cache.
+//! *Over-fetch*: bytes over the link for each that was read, compressed as the whole image is.
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+#[path = "common/image.rs"]
+mod image;
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use clip_csi::units::Digest;
+use common::node::Node;
 use common::registry::Registry;
 use common::skip;
 use serde_json::json;
-use sha2::Digest as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
@@ -43,10 +45,10 @@ async fn main() {
     if skip::lacks_fuse("bench sweep") || skip::lacks("bench sweep", &["docker-registry", "chroot"]) {
         return;
     }
-    let given = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).map(PathBuf::from);
-    let layers = given.unwrap_or_else(|| Path::new(env!("CARGO_TARGET_TMPDIR")).join("sweep-layers"));
+    let layers = image::layers();
+    image::make(&layers);
     let dir = tempfile::tempdir().unwrap();
-    let (compressed, uncompressed) = layout(&layers, &dir.path().join("layout"));
+    let (compressed, uncompressed) = image::layout(&layers, &dir.path().join("layout"));
     let registry = Registry::start();
     registry.push_layout(&dir.path().join("layout"), IMAGE.0, IMAGE.1).await;
     let link = Link::start(registry.host()).await;
@@ -57,25 +59,29 @@ async fn main() {
         ROUND_TRIP.as_millis(),
         BANDWIDTH / 1_000_000,
     );
-    println!("| span MiB | seek table | archive | first file | its requests | its MB | import numpy | requests | MB |");
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!(
+        "| span MiB | seek table | archive | first file | its requests | its MB | import numpy | requests | MB | over-fetch |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|");
     let archives: Vec<_> = SPANS_KIB.iter().map(|kib| archive(dir.path(), &registry, &link, *kib)).collect();
     let mut found: Vec<[Vec<Run>; 2]> = archives.iter().map(|_| [vec![], vec![]]).collect();
     for _ in 0..ROUNDS {
         for (archive, found) in archives.iter().zip(&mut found) {
-            found[0].push(run(archive, dir.path(), &link, &|root| {
+            let first = |root: &Path| {
                 std::fs::File::open(root.join(FIRST_FILE)).unwrap().read_exact(&mut [0; 17_000]).unwrap();
-            }));
-            found[1].push(run(archive, dir.path(), &link, &|root| {
+            };
+            found[0].push(run(archive, &link, &first).await);
+            let import = |root: &Path| {
                 let python = ["/usr/bin/python3", "-B", "-c", "import numpy"];
                 assert!(Command::new("chroot").arg(root).args(python).status().unwrap().success());
-            }));
+            };
+            found[1].push(run(archive, &link, &import).await);
         }
     }
     for (archive, [first, import]) in archives.iter().zip(found) {
         let (first, import) = (median(first), median(import));
         println!(
-            "| {} | {:.3} % | {:.2} % | {:.2} s | {} | {:.1} | {:.2} s | {} | {:.1} |",
+            "| {} | {:.3} % | {:.2} % | {:.2} s | {} | {:.1} | {:.2} s | {} | {:.1} | {:.2} |",
             archive.kib as f64 / 1024.0,
             archive.seek_table as f64 * 100.0 / uncompressed as f64,
             archive.bytes as f64 * 100.0 / uncompressed as f64,
@@ -85,60 +91,13 @@ async fn main() {
             import.time.as_secs_f64(),
             import.requests,
             mb(import.bytes),
+            import.bytes as f64 / (import.read * compressed as f64 / uncompressed as f64),
         );
     }
 }
 
 fn mb(bytes: u64) -> f64 {
     bytes as f64 / 1e6
-}
-
-/// Writes an OCI layout of the layer files; bytes compressed and uncompressed.
-fn layout(layers: &Path, dir: &Path) -> (u64, u64) {
-    let list = || {
-        let files = std::fs::read_dir(layers).into_iter().flatten().flatten().map(|entry| entry.path());
-        let mut files: Vec<_> = files.filter(|path| path.to_string_lossy().ends_with(".tar.gz")).collect();
-        files.sort();
-        files
-    };
-    if list().is_empty() {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/sweep-image.sh");
-        assert!(Command::new(script).arg(layers).status().unwrap().success(), "the image can't be made");
-    }
-    let blobs = dir.join("blobs/sha256");
-    std::fs::create_dir_all(&blobs).unwrap();
-    let put = |bytes: &[u8]| {
-        let digest = Digest::of(bytes);
-        std::fs::write(blobs.join(digest.hex()), bytes).unwrap();
-        digest
-    };
-    let (mut compressed, mut uncompressed, mut descriptors, mut diff_ids) = (0, 0, vec![], vec![]);
-    for file in list() {
-        let bytes = std::fs::read(file).unwrap();
-        let mut decoder = flate2::bufread::MultiGzDecoder::new(&bytes[..]);
-        let (mut plain, mut buffer) = (sha2::Sha256::new(), vec![0; 1 << 20]);
-        while let n @ 1.. = decoder.read(&mut buffer).unwrap() {
-            plain.update(&buffer[..n]);
-            uncompressed += n as u64;
-        }
-        compressed += bytes.len() as u64;
-        diff_ids.push(Digest(plain.finalize().into()));
-        let digest = put(&bytes);
-        descriptors.push(json!({"mediaType": common::image::LAYER, "digest": digest, "size": bytes.len()}));
-    }
-    let arch = clip_csi::units::Platform::host().arch;
-    let rootfs = json!({"type": "layers", "diff_ids": diff_ids});
-    let config = json!({"architecture": arch, "os": "linux", "rootfs": rootfs}).to_string();
-    let config = json!({"mediaType": common::image::CONFIG, "digest": put(config.as_bytes()), "size": config.len()});
-    let manifest =
-        json!({"schemaVersion": 2, "mediaType": common::image::MANIFEST, "config": config, "layers": descriptors})
-            .to_string();
-    let manifest =
-        json!({"mediaType": common::image::MANIFEST, "digest": put(manifest.as_bytes()), "size": manifest.len()});
-    std::fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-    let index = json!({"schemaVersion": 2, "manifests": [manifest]});
-    std::fs::write(dir.join("index.json"), index.to_string()).unwrap();
-    (compressed, uncompressed)
 }
 
 /// One archive of the image, whose layers are said to lie behind the link.
@@ -171,6 +130,8 @@ struct Run {
     time: Duration,
     requests: u64,
     bytes: u64,
+    /// Bytes that the kernel asked for, read-ahead included.
+    read: f64,
 }
 
 fn median(mut runs: Vec<Run>) -> Run {
@@ -178,51 +139,21 @@ fn median(mut runs: Vec<Run>) -> Run {
     runs.swap_remove(runs.len() / 2)
 }
 
-/// Mounts with an empty cache and runs `read`.
-fn run(archive: &Archive, dir: &Path, link: &Link, read: &dyn Fn(&Path)) -> Run {
-    let cache = tempfile::tempdir_in(dir).unwrap();
-    let root = tempfile::tempdir_in(dir).unwrap();
-    let mount = Mount::new(&archive.path, root.path(), cache.path());
+/// Publishes with an empty cache and runs `read`.
+async fn run(archive: &Archive, link: &Link, read: &dyn Fn(&Path)) -> Run {
+    let node = Node::start(json!({
+        "sources": {"archiveRoots": [archive.path.parent()], "registries": {&link.host: {"plainHttp": true}}},
+    }))
+    .await;
+    let root = node.publish("sweep", &[("archive", archive.path.to_str().unwrap())]).await.unwrap();
     link.take();
     let begin = Instant::now();
-    read(root.path());
+    read(&root);
     let time = begin.elapsed();
     let (requests, bytes) = link.take();
-    drop(mount);
-    Run { time, requests, bytes }
-}
-
-/// `clip-csi mount` until dropped.
-struct Mount {
-    child: Child,
-    root: PathBuf,
-}
-
-impl Mount {
-    fn new(archive: &Path, root: &Path, cache: &Path) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_clip-csi"))
-            .arg("mount")
-            .args([archive, root])
-            .arg("--cache-dir")
-            .arg(cache)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let mount = Self { child, root: root.to_owned() };
-        assert!(line.contains("is mounted at"), "{line}");
-        mount
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let _ = self.child.wait();
-        common::node::unmount_below(&self.root);
-    }
+    let read = node.metric("clip_read_bytes_total").await;
+    node.unpublish("sweep").await.unwrap();
+    Run { time, requests, bytes, read }
 }
 
 /// A TCP proxy with a delay, and a bandwidth that all connections share.

@@ -3,21 +3,20 @@
 #[path = "../fuzz/src/targets/mod.rs"]
 mod targets;
 
-#[path = "../src/build/testing.rs"]
-mod testing;
-
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 // As the targets name them.
 use clip_csi::{archive, build, inflate, units};
 
 use archive::gob::{Define, Encoder, TypeId};
 use archive::{HEADER_LEN, Header, SeekTable, Storage};
+use build::toc::{estargz, zstd_chunked};
+use targets::testing::{GNU, Header as TarHeader, Tar, record};
 use targets::{ALL, memory};
-use testing::{GNU, Header as TarHeader, Tar, record};
 use units::Compression;
 
 fn fuzz() -> PathBuf {
@@ -152,6 +151,9 @@ fn write_the_seeds() {
     for (name, tar) in tars() {
         put("tar_walk", name, &[&[63], &tar[..]].concat());
     }
+    for (name, how, bytes) in tables_of_contents() {
+        put("tocs", &name, &[&[how], &bytes[..]].concat());
+    }
     // Of each compression a table with several spans and windows, whole and as its two sections.
     let plain: Vec<u8> =
         (0..6000_u32).flat_map(|i| format!("{:x} ", i.wrapping_mul(2_654_435_761) % 971).into_bytes()).collect();
@@ -212,4 +214,56 @@ fn tars() -> Vec<(&'static str, Vec<u8>)> {
         ("pax-sparse-map", Tar::new().pax(&in_header).file("f", "data").end()),
         ("gnu-long", Tar::new().with(long, &[b'n'; 300]).file("f", "x").end()),
     ]
+}
+
+/// Layers with a table of contents, by the libraries that make them in the field (`tests/toc`, needs Go), whole and in their parts;
+/// with what tells the target which part it is.
+fn tables_of_contents() -> Vec<(String, u8, Vec<u8>)> {
+    let dir = tempfile::tempdir().unwrap();
+    let (program, tar) = (dir.path().join("toc"), dir.path().join("in.tar"));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/toc");
+    assert!(
+        Command::new("go").args(["build", "-o"]).arg(&program).arg(".").current_dir(source).status().unwrap().success()
+    );
+    let (attribute, time) = (record("SCHILY.xattr.user.k", "v"), record("mtime", "1700000000.5"));
+    let layer = Tar::new().dir("d/").file("d/f", "some text").symlink("l", "d/f").hardlink("h", "d/f");
+    let layer = layer.pax(&[attribute, time]).file("d/\u{e4}", [b'x'; 700]).raw(&TarHeader::new(b'6', "fifo"), &[]);
+    fs::write(&tar, layer.file("empty", "").end()).unwrap();
+    let inflated = |member: &[u8]| {
+        let mut plain = Vec::new();
+        flate2::read::MultiGzDecoder::new(member).read_to_end(&mut plain).unwrap();
+        plain
+    };
+    let mut out = Vec::new();
+    for kind in ["estargz", "estargz-lossless", "estargz-shared", "zstd-stargz", "zstd-chunked"] {
+        let to = dir.path().join(kind);
+        let said = Command::new(&program).arg(kind).args([&tar, &to]).output().unwrap();
+        let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+        let layer = fs::read(to).unwrap();
+        let size = layer.len() as u64;
+        if kind.starts_with("estargz") {
+            let footer = estargz::footer(&layer, size).unwrap();
+            let table = inflated(&layer[footer.toc as usize..footer.start as usize]);
+            let json = table[512..].split(|byte| *byte == 0).next().unwrap();
+            out.push((format!("{kind}.json"), 0, json.to_vec()));
+            out.push((kind.to_owned(), 2, layer));
+            continue;
+        }
+        let annotations = serde_json::from_value(said["annotations"].clone()).unwrap();
+        let positions = zstd_chunked::positions(&annotations, size).unwrap().unwrap();
+        let part = |piece: zstd_chunked::Piece| {
+            zstd::decode_all(&layer[piece.range().start as usize..piece.range().end as usize]).unwrap()
+        };
+        out.push((format!("{kind}.json"), 0, part(positions.table)));
+        out.extend(positions.tar_split.map(|piece| (format!("{kind}.tar-split"), 1, part(piece))));
+        let names = annotations.iter().filter_map(|(name, value)| {
+            let name = name.rsplit('.').next()?;
+            name.ends_with("-position").then(|| format!("{name}={value}\n"))
+        });
+        out.push((kind.to_owned(), 3, [names.collect::<String>().as_bytes(), b"\n", &layer].concat()));
+    }
+    // Bytes that pick a layer, true and changed.
+    let pick = |how: u8| (0..200_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8 ^ how).collect::<Vec<u8>>();
+    out.extend((0..4).map(|how| (format!("made-{how}"), 4, pick(how))));
+    out
 }

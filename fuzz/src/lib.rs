@@ -8,6 +8,7 @@ mod pure {
     pub mod build {
         pub mod merge;
         pub mod tar;
+        pub mod toc;
     }
 }
 

@@ -14,8 +14,8 @@ use super::artifacts::Artifact;
 use super::indexing::Indexing;
 use super::output::{blocking, io_error};
 use super::progress::Progress;
+use super::tables::{self, Scanned};
 use super::tar::{TarEntry, Walker};
-use super::toc;
 use crate::archive::BlobTable;
 use crate::inflate::Indexer;
 use crate::source::{LayerSource, ResolvedImage, Scope};
@@ -85,7 +85,7 @@ pub(super) async fn scan_all(
         .map(|number| {
             let (layer, diff_id) = &distinct[number];
             async move {
-                if tables && let Some(toc::Scanned { entries, table }) = toc::scan(layer, *diff_id, progress).await {
+                if tables && let Some(Scanned { entries, table }) = tables::scan(layer, *diff_id, progress).await {
                     return Ok((number, Scan { entries, table, spool: None }));
                 }
                 let bar = Bar::begin(progress, &format!("layer {}", &layer.digest.hex()[..12]), layer.size);

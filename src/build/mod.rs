@@ -12,6 +12,7 @@ mod output;
 pub mod progress;
 pub mod provider;
 pub mod store;
+mod tables;
 pub mod tar;
 #[cfg(test)]
 mod testing;

@@ -228,11 +228,12 @@ impl Walker {
     }
 
     /// Steps over the data of the entry that came last without seeing it; its padding comes next. `false`: `len` bytes of data are
-    /// not what comes next.
+    /// not what comes next, or no tar is that long.
     pub(super) fn pass_data(&mut self, len: u64) -> bool {
+        let end = self.pos.saturating_add(len);
         match &mut self.state {
-            State::Skip { data, .. } if *data == len && len > 0 => {
-                (*data, self.pos) = (0, self.pos + len);
+            State::Skip { data, .. } if *data == len && len > 0 && end <= MAX_SIZE => {
+                (*data, self.pos) = (0, end);
                 true
             }
             _ => false,

@@ -1,13 +1,12 @@
 //! Layers that carry a table of contents: eStargz and zstd:chunked. Indexing such a layer reads its tables, not the layer.
 //!
-//! The parsers ([`estargz`], [`zstd_chunked`], [`entries`], [`tar_split`]) are pure: bytes in, [`Contents`] out, allocations bounded by
-//! their input. What a table says is believed only where a digest in the image's manifest covers it, and then as much as the
-//! manifest is; every chunk of it must have a digest, which becomes the digest of a span. Whatever is missing, broken or
+//! All here is pure ([`estargz`], [`zstd_chunked`], [`entries`], [`tar_split`]): bytes in, [`Contents`] out, allocations bounded by their
+//! input. `super::tables` fetches the bytes. What a table says is believed only where a digest in the image's manifest covers it, and then
+//! as much as the manifest is; every chunk of it must have a digest, which becomes the digest of a span. Whatever is missing, broken or
 //! contradictory makes the layer an ordinary one: it is streamed once, and why is logged.
 
 pub mod entries;
 pub mod estargz;
-mod read;
 pub mod tar_split;
 pub mod zstd_chunked;
 
@@ -15,7 +14,6 @@ pub mod zstd_chunked;
 mod tests;
 
 pub use entries::{Chunk, Contents};
-pub(super) use read::{Scanned, scan};
 
 use crate::units::Digest;
 
@@ -61,7 +59,7 @@ pub enum TocError {
     Lacking(String),
 }
 
-fn broken(what: &'static str, detail: impl Into<String>) -> TocError {
+pub(super) fn broken(what: &'static str, detail: impl Into<String>) -> TocError {
     TocError::Broken { what, detail: detail.into() }
 }
 

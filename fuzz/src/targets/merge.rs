@@ -206,7 +206,7 @@ fn check(names: &Names, layers: &[Layer]) {
 }
 
 /// An archive holds it and gives it back.
-fn archive(names: &Names, layers: usize) {
+pub fn archive(names: &Names, layers: usize) {
     let mut builder = TreeBuilder::default();
     names.iter().for_each(|(path, entry)| builder.insert(path, entry.clone()));
     let tree = builder.finish().expect("a tree");

@@ -13,6 +13,9 @@ pub mod model;
 pub mod seek_table;
 pub mod storage_info;
 pub mod tar_walk;
+#[path = "../../../src/build/testing.rs"]
+pub mod testing;
+pub mod tocs;
 pub mod zstd;
 
 /// Name and body of a target.
@@ -28,5 +31,6 @@ pub const ALL: &[Target] = &[
     ("seek_table", seek_table::run),
     ("storage_info", storage_info::run),
     ("tar_walk", tar_walk::run),
+    ("tocs", tocs::run),
     ("zstd", zstd::run),
 ];

@@ -42,8 +42,8 @@ fn seal(bytes: &mut [u8]) {
     }
 }
 
-/// What an entry promises to whoever places it.
-fn check(entry: &TarEntry, len: u64) {
+/// What an entry promises to whoever places it, where all data lies in `len` bytes.
+pub fn check(entry: &TarEntry, len: u64) {
     let clean = |path: &[u8]| {
         path.len() <= 4095
             && (path.is_empty()

@@ -82,7 +82,7 @@ impl Contents {
     }
 
     /// Adds a file of one chunk behind all others.
-    pub(super) fn push(&mut self, mut entry: TarEntry, chunk: Chunk) {
+    pub fn push(&mut self, mut entry: TarEntry, chunk: Chunk) {
         entry.offset = self.chunks.iter().map(|chunk| chunk.len).sum();
         self.entries.push(entry);
         self.chunks.push(chunk);

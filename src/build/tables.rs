@@ -1,14 +1,14 @@
-//! Fetching the tables of a layer.
+//! Fetching the tables of a layer that has some. What is read out of them: [`super::toc`].
 
 use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::{TocError, estargz, zstd_chunked};
+use super::layer::Bar;
+use super::progress::Progress;
+use super::tar::TarEntry;
+use super::toc::{TocError, broken, estargz, zstd_chunked};
 use crate::archive::BlobTable;
-use crate::build::layer::Bar;
-use crate::build::progress::Progress;
-use crate::build::tar::TarEntry;
 use crate::source::{LayerSource, SourceError};
 use crate::units::{Compression, Digest};
 
@@ -19,7 +19,7 @@ const TAIL_PART: u64 = 200;
 
 /// What the tables of a layer say: as much as a pass over it would.
 #[derive(Debug)]
-pub(in crate::build) struct Scanned {
+pub(super) struct Scanned {
     /// Its entries in order.
     pub entries: Vec<TarEntry>,
     /// How to seek in it.
@@ -48,14 +48,12 @@ fn kind(layer: &LayerSource) -> Option<Result<Kind, TocError>> {
         return Some(positions.map(Kind::ZstdChunked));
     }
     let digest = layer.annotations.get(estargz::ANNOTATION)?;
-    Some(
-        digest.parse().map(Kind::EStargz).map_err(|_| super::broken("its digest of a table of contents", "it is none")),
-    )
+    Some(digest.parse().map(Kind::EStargz).map_err(|_| broken("its digest of a table of contents", "it is none")))
 }
 
 /// Reads a layer's tables. `None`: it has none that the manifest vouches for, or they can't be used; the log says why.
 /// `diff_id` can't be checked without the layer, and is taken as the image's config has it.
-pub(in crate::build) async fn scan(layer: &LayerSource, diff_id: Digest, progress: &dyn Progress) -> Option<Scanned> {
+pub(super) async fn scan(layer: &LayerSource, diff_id: Digest, progress: &dyn Progress) -> Option<Scanned> {
     match read(layer, kind(layer)?, diff_id, progress).await {
         Ok(scanned) => {
             tracing::debug!(layer = %layer.digest, files = scanned.entries.len(), "indexed by its own table of contents");
