@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo build image test sanity e2e soak interop charts manifests bench bench-sweep lint fmt fuzz
+.PHONY: help demo build image test sanity e2e soak interop interop-all charts manifests bench bench-sweep lint fmt fuzz
 
 # What is missing is installed, and said; with everything there it takes a moment.
 build-env = environment=$$(.ci/setup build); eval "$$environment"
@@ -34,6 +34,10 @@ soak: ## the property tests with other inputs each time, many of them (PROPTEST_
 
 interop: ## only the tests against the Go module: our archives read by it, its by us
 	@$(test-env); .ci/test --test interop
+
+interop-all: ## the same with images as people have them, in every form, both ways (root; network once, 12 GB of disk, half an hour); IMAGES="NAME ..." for some
+	@environment=$$(.ci/setup images); eval "$$environment"; images=$$(tests/images/build $(IMAGES)); binary=$$(.ci/release); \
+	CLIP_CSI_IMAGES="$$images" CLIP_CSI_TEST_BINARY="$$binary" .ci/test --test interop_all -- --nocapture --test-threads 1 $(IMAGES)
 
 charts: ## only the tests of chart, manifests and their documentation
 	@$(test-env); .ci/with-helm .ci/test --test install

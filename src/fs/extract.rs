@@ -7,13 +7,14 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
 
 use super::ImageFs;
 use crate::archive::{Attr, Kind, NodeId};
@@ -340,8 +341,16 @@ impl Job {
             rustix::fs::chmodat(&dir, name, mode(attr), AtFlags::empty())
                 .map_err(|e| self.failed("change the mode of", node, e))?;
         }
-        if !tree.xattrs(node).is_empty() {
-            warnings.push(Warning::Xattr);
+        for (attribute, value) in tree.xattrs(node) {
+            // No call sets one by a name in a directory: this path is the directory's descriptor and the name, which is not followed.
+            let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
+            path.extend_from_slice(name.as_bytes());
+            match rustix::fs::lsetxattr(path, OsStr::from_bytes(attribute), value, XattrFlags::empty()) {
+                Ok(()) => {}
+                // Where there is no /proc it can't be done.
+                Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOENT) => warnings.push(Warning::Xattr),
+                Err(e) => return Err(self.failed("set an extended attribute of", node, e)),
+            }
         }
         rustix::fs::utimensat(&dir, name, &times(attr), AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| self.failed("set the times of", node, e))?;
@@ -355,7 +364,6 @@ impl Job {
 
     /// Owner, attributes, mode, times: in this order, since each of them undoes a later one.
     fn finish(&self, fd: std::os::fd::BorrowedFd<'_>, node: NodeId, attr: &Attr) -> Result<Vec<Warning>, ExtractError> {
-        use rustix::io::Errno;
         let mut warnings = Vec::new();
         if self.privileged {
             rustix::fs::fchown(fd, uid(attr.uid), gid(attr.gid))

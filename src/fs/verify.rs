@@ -2,11 +2,14 @@
 //!
 //! Reads past the cache: what is checked is what the sources hold now.
 
+mod stored;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use futures::TryStreamExt as _;
 
+use self::stored::Stored;
 use super::legacy::{FileCheck, FileRange, WholeFileFiller};
 use super::parts::{Part, Proof};
 use super::{OpenError, Opened};
@@ -123,7 +126,10 @@ async fn check_part(
             fits(table.ulen);
             if data {
                 let checks = FileChecks::new(opened, files, false);
-                check_spans(&table, &part.source, checks, progress, out).await?;
+                // Spans say nothing of the bytes of a layer around them (headers, checksums, padding): its digest does.
+                let stored = matches!(opened.archive.storage, Storage::Oci(_))
+                    .then(|| Stored::new(Arc::clone(&part.source), table.clen));
+                check_spans(&table, &part.source, stored, checks, progress, out).await?;
             }
         }
         Proof::Layer(digest, compression) => {
@@ -164,11 +170,14 @@ fn check_claim(opened: &Opened, layer: Digest, diff_id: Digest, out: &mut Verifi
 async fn check_spans(
     table: &Arc<BlobTable>,
     source: &Arc<dyn BlobSource>,
+    stored: Option<Arc<Stored>>,
     mut checks: FileChecks<'_>,
     progress: &(dyn Fn(u64) + Send + Sync),
     out: &mut Verified,
 ) -> Result<(), CacheError> {
-    let filler = TableFiller { source: Arc::clone(source), table: Arc::clone(table) };
+    let source = stored.as_ref().map_or_else(|| Arc::clone(source), |stored| Arc::clone(stored) as Arc<dyn BlobSource>);
+    let problems = out.problem_count;
+    let filler = TableFiller { source, table: Arc::clone(table) };
     let count = u32::try_from(table.spans.len()).unwrap_or(u32::MAX);
     let mut next = 0;
     while next < count {
@@ -209,8 +218,19 @@ async fn check_spans(
             progress(bounds.end - bounds.start);
         }
         next = group.end;
+        if let Some(stored) = &stored {
+            stored.fill_gaps().await?;
+        }
     }
     checks.report(out);
+    if let Some(stored) = stored {
+        let digest = stored.finish().await?;
+        // Spans that are wrong have been told.
+        if digest != Some(table.digest) && out.problem_count == problems {
+            let content = digest.map_or_else(|| format!("not {} bytes long", table.clen), |digest| digest.to_string());
+            out.problem(format!("{} is {content}: bytes between its spans differ", filler.source.describe()));
+        }
+    }
     Ok(())
 }
 

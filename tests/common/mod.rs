@@ -13,12 +13,19 @@ pub mod registry;
 pub mod s3;
 pub mod skip;
 pub mod tree;
+pub mod usage;
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use clip_csi::source::policy::{RegistryEntry, SourceConfig};
 use clip_csi::source::{Credentials, Policy, RetryPolicy, Sources};
 use clip_csi::units::Digest;
+
+/// The command under test: that of this build, or what `CLIP_CSI_TEST_BINARY` names (an optimised one, say).
+pub fn binary() -> OsString {
+    std::env::var_os("CLIP_CSI_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_clip-csi").into())
+}
 
 /// The default policy with pauses of milliseconds.
 pub fn quick_retry() -> RetryPolicy {

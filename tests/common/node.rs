@@ -46,7 +46,7 @@ impl Node {
         let file = at("config.yaml");
         std::fs::write(&file, config.to_string()).unwrap();
         std::fs::create_dir_all(at("kubelet/pods")).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_clip-csi"))
+        let mut child = Command::new(super::binary())
             .args(["node", "--node-id", "test-node", "--no-register", "--config"])
             .arg(&file)
             .stdin(Stdio::null())

@@ -1,6 +1,6 @@
 //! An S3 server in this process: s3s over a temporary directory, one directory a bucket.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use clip_csi::source::{Credentials, Location, S3Keys};
@@ -34,6 +34,8 @@ impl S3 {
         let task = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                // Head and body go out in two writes; a client that acknowledges late would wait 40 ms for each answer.
+                let _ = stream.set_nodelay(true);
                 let (service, log) = (service.clone(), log.clone());
                 let logged = hyper::service::service_fn(move |request: http::Request<hyper::body::Incoming>| {
                     let range = request.headers().get("range").and_then(|v| v.to_str().ok()).unwrap_or("-").to_owned();
@@ -65,6 +67,13 @@ impl S3 {
         let path = self.path(bucket, key);
         std::fs::create_dir_all(path.parent().expect("a key lies in a bucket")).expect("it can be made");
         std::fs::write(path, bytes).expect("it can be written");
+    }
+
+    /// Puts a file there as another name of it.
+    pub fn put_file(&self, bucket: &str, key: &str, file: &Path) {
+        let path = self.path(bucket, key);
+        std::fs::create_dir_all(path.parent().expect("a key lies in a bucket")).expect("it can be made");
+        std::fs::hard_link(file, path).expect("it can be linked");
     }
 
     /// The file behind an object.

@@ -2,10 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use clip_csi::units::Digest;
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+
+/// Differences that are told; there may be as many as names.
+const TOLD: usize = 40;
 
 /// What a user can see of one name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,8 +23,12 @@ pub struct Facts {
     pub mtime: (i64, i64),
     pub size: u64,
     pub nlink: u64,
+    /// Of a device node, else 0.
+    pub rdev: u64,
     pub target: Option<PathBuf>,
+    /// Of a file; `None` where reading it fails with EIO.
     pub content: Option<Digest>,
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
 /// Everything below `root`, the root itself as "". Directory sizes and link counts differ between filesystems: left out.
@@ -50,10 +60,10 @@ fn visit(root: &Path, path: &Path, out: &mut BTreeMap<PathBuf, Facts>) {
         mtime: (meta.mtime(), meta.mtime_nsec()),
         size: if kind.is_dir() { 0 } else { meta.size() },
         nlink: if kind.is_dir() { 0 } else { meta.nlink() },
+        rdev: if kind.is_char_device() || kind.is_block_device() { meta.rdev() } else { 0 },
         target: kind.is_symlink().then(|| fs::read_link(&full).unwrap()),
-        content: kind
-            .is_file()
-            .then(|| Digest::of(&fs::read(&full).unwrap_or_else(|e| panic!("{}: {e}", full.display())))),
+        content: if kind.is_file() { content(&full) } else { None },
+        xattrs: xattrs(&full).unwrap_or_else(|e| panic!("xattrs of {}: {e}", full.display())),
     };
     out.insert(path.to_owned(), facts);
     if kind.is_dir() {
@@ -61,6 +71,37 @@ fn visit(root: &Path, path: &Path, out: &mut BTreeMap<PathBuf, Facts>) {
             visit(root, &path.join(entry.unwrap().file_name()), out);
         }
     }
+}
+
+fn content(path: &Path) -> Option<Digest> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 256 << 10];
+    let mut file = fs::File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Some(Digest(hash.finalize().into())),
+            Ok(n) => hash.update(&buffer[..n]),
+            Err(e) if e.raw_os_error() == Some(libc::EIO) => return None,
+            Err(e) => panic!("{}: {e}", path.display()),
+        }
+    }
+}
+
+/// All of them; none where the filesystem has no such thing.
+fn xattrs(path: &Path) -> rustix::io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    let mut names = [0; 8192];
+    let len = match rustix::fs::llistxattr(path, &mut names[..]) {
+        Ok(0) | Err(Errno::NOTSUP) => return Ok(BTreeMap::new()),
+        other => other?,
+    };
+    // The longest that the kernel allows.
+    let mut value = vec![0; 64 << 10];
+    let names = names[..len].split(|b| *b == 0).filter(|name| !name.is_empty());
+    let each = names.map(|name| {
+        let len = rustix::fs::lgetxattr(path, name, &mut value[..])?;
+        Ok((name.to_vec(), value[..len].to_vec()))
+    });
+    each.collect()
 }
 
 /// Fails with the names that differ and how.
@@ -72,6 +113,7 @@ pub fn assert_same(shown: &BTreeMap<PathBuf, Facts>, oracle: &BTreeMap<PathBuf, 
             differences.push(format!("{}\n  shown:  {ours:?}\n  oracle: {theirs:?}", path.display()));
         }
     }
-    assert!(differences.is_empty(), "{} names differ:\n{}", differences.len(), differences.join("\n"));
+    let told = &differences[..differences.len().min(TOLD)];
+    assert!(differences.is_empty(), "{} names differ:\n{}", differences.len(), told.join("\n"));
     assert!(oracle.len() > 1, "the oracle is empty");
 }

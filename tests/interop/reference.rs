@@ -5,10 +5,13 @@ use std::io::{BufRead as _, BufReader, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::LazyLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clip_csi::units::Digest;
 
 use crate::common::node::unmount_below;
 use crate::common::skip::{no_fuse, no_go, skipped};
-use crate::common::tree::Facts;
+use crate::common::tree::{Facts, walk};
 
 /// What a tree shows.
 pub type Seen = BTreeMap<PathBuf, Facts>;
@@ -48,6 +51,13 @@ impl Reference {
         // The harness names a test's thread after it.
         skipped(std::thread::current().name().unwrap_or("interop"), &missing.join("; "));
         None
+    }
+
+    /// The program with a verb, to be run in another way than those below.
+    pub fn command(self, verb: &str) -> Command {
+        let mut command = Command::new(self.0);
+        command.arg(verb);
+        command
     }
 
     /// Runs a verb to its end.
@@ -112,6 +122,29 @@ impl Drop for Mounted {
     }
 }
 
+/// Runs our command to its end.
+pub fn clip_csi(args: &[&str]) {
+    let out = Command::new(crate::common::binary()).args(args).output().expect("clip-csi can be started");
+    succeeded(&out, &format!("clip-csi {args:?}"));
+}
+
+/// A tree whose root no layer describes: its time is whatever an unpacker makes of it.
+pub fn without_root_time(mut tree: Seen) -> Seen {
+    tree.get_mut(Path::new("")).expect("every tree has a root").mtime = (0, 0);
+    tree
+}
+
+/// A tree that the reference extracted after `since`, which all its times must prove; they are 0 here.
+pub fn extracted(dir: &Path, since: SystemTime) -> Seen {
+    let since = since.duration_since(UNIX_EPOCH).expect("a clock that is set").as_secs() as i64;
+    let mut tree = walk(dir);
+    for (path, facts) in &mut tree {
+        assert!(facts.mtime.0 >= since, "{} was extracted with a time: {:?}", path.display(), facts.mtime);
+        facts.mtime = (0, 0);
+    }
+    tree
+}
+
 /// Something that the reference gets wrong: what it makes of a tree that is right.
 #[derive(Debug, Clone, Copy)]
 pub struct Defect {
@@ -144,6 +177,14 @@ pub const HARD_LINKS_ARE_COPIES: Defect = Defect {
     of: |tree| each(tree, |facts| facts.nlink = facts.nlink.min(1)),
 };
 
+/// Its archiver, its indexer, its mounts and its extractor.
+pub const XATTRS_ARE_LOST: Defect =
+    Defect { name: "xattrs are lost", of: |tree| each(tree, |facts| facts.xattrs.clear()) };
+
+/// Its mounts of our archives: the number is in our extension.
+pub const DEVICE_NUMBERS_ARE_LOST: Defect =
+    Defect { name: "device nodes have no number", of: |tree| each(tree, |facts| facts.rdev = 0) };
+
 /// Its archiver.
 pub const DEVICES_ARE_DROPPED: Defect = Defect {
     name: "device nodes are dropped",
@@ -174,7 +215,7 @@ pub const SPECIAL_FILES_ARE_EXTRACTED_AS_EMPTY_FILES: Defect = Defect {
     of: |tree| {
         each(tree, |facts| {
             if !matches!(facts.kind, "dir" | "file" | "symlink") {
-                (facts.kind, facts.content) = ("file", Some(clip_csi::units::Digest::of(b"")));
+                (facts.kind, facts.content, facts.rdev) = ("file", Some(Digest::of(b"")), 0);
             }
         });
     },
@@ -203,3 +244,13 @@ pub const TIMES_ARE_NOT_EXTRACTED: Defect = Defect {
     name: "what is extracted has the time of the extraction",
     of: |tree| each(tree, |facts| facts.mtime = (0, 0)),
 };
+
+/// What its extractor loses.
+pub const EXTRACTION: &[Defect] = &[
+    SPECIAL_FILES_ARE_EXTRACTED_AS_EMPTY_FILES,
+    SPECIAL_BITS_ARE_LOST,
+    HARD_LINKS_ARE_COPIES,
+    OWNERS_ARE_NOT_EXTRACTED,
+    MODES_OF_FILES_ARE_NOT_EXTRACTED,
+    TIMES_ARE_NOT_EXTRACTED,
+];

@@ -8,56 +8,16 @@ python  small, and this machine's /usr/bin/python3 with its library: `chroot IMA
 files:N small, and N files of 0 to 8 KiB in directories of 100
 The same call gives the same bytes on the same machine.
 """
-import gzip
 import hashlib
-import io
-import json
 import os
 import subprocess
 import sys
 import tarfile
 
-BORN = 1_700_000_000
-
-
-def sha(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-class Layer:
-    """One layer's tar. Directories come before what is in them, with a time of their own."""
-
-    def __init__(self):
-        self.raw = io.BytesIO()
-        self.tar = tarfile.open(fileobj=self.raw, mode="w", format=tarfile.PAX_FORMAT)
-        self.dirs = set()
-
-    def add(self, path, data=b"", kind=tarfile.REGTYPE, mode=0o644, owner=(0, 0), link="", mtime=BORN):
-        parent = os.path.dirname(path)
-        if parent and parent not in self.dirs:
-            self.dir(parent)
-        info = tarfile.TarInfo(path)
-        info.type, info.mode, info.linkname, info.size, info.mtime = kind, mode, link, len(data), mtime
-        info.uid, info.gid = owner
-        self.tar.addfile(info, io.BytesIO(data))
-
-    def dir(self, path, mode=0o755, owner=(0, 0)):
-        if path not in self.dirs:
-            self.add(path, kind=tarfile.DIRTYPE, mode=mode, owner=owner)
-            self.dirs.add(path)
-
-    def link(self, path, target):
-        self.add(path, kind=tarfile.SYMTYPE, mode=0o777, link=target)
-
-    def file(self, path, source):
-        """A file of this machine, as it is."""
-        stat = os.stat(source)
-        with open(source, "rb") as f:
-            self.add(path, f.read(), mode=stat.st_mode & 0o7777, mtime=int(stat.st_mtime))
-
-    def bytes(self):
-        self.tar.close()
-        return self.raw.getvalue()
+# Nothing is written into the checkout.
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../images"))
+from oci import Layer, Layout  # noqa: E402
 
 
 def base():
@@ -146,37 +106,8 @@ def main():
     elif kind != "small":
         sys.exit(__doc__)
     layers.append(changes())
-    blobs = os.path.join(layout, "blobs/sha256")
-    os.makedirs(blobs, exist_ok=True)
-
-    def blob(data, media_type):
-        with open(os.path.join(blobs, sha(data)), "wb") as f:
-            f.write(data)
-        return {"mediaType": media_type, "digest": "sha256:" + sha(data), "size": len(data)}
-
-    oci = "application/vnd.oci.image."
-    tars = [layer.bytes() for layer in layers]
-    descriptors = [blob(gzip.compress(tar, 6, mtime=0), oci + "layer.v1.tar+gzip") for tar in tars]
-    config = {
-        "architecture": "amd64",
-        "os": "linux",
-        "config": {"Env": ["PATH=/usr/local/bin:/usr/bin:/bin"]},
-        "rootfs": {"type": "layers", "diff_ids": ["sha256:" + sha(tar) for tar in tars]},
-    }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": oci + "manifest.v1+json",
-        "config": blob(json.dumps(config).encode(), oci + "config.v1+json"),
-        "layers": descriptors,
-    }
-    entry = blob(json.dumps(manifest).encode(), oci + "manifest.v1+json")
-    entry["annotations"] = {"org.opencontainers.image.ref.name": tag}
-    index = os.path.join(layout, "index.json")
-    entries = json.load(open(index))["manifests"] if os.path.exists(index) else []
-    with open(index, "w") as f:
-        json.dump({"schemaVersion": 2, "manifests": entries + [entry]}, f)
-    with open(os.path.join(layout, "oci-layout"), "w") as f:
-        f.write('{"imageLayoutVersion":"1.0.0"}')
+    layout = Layout(layout)
+    layout.image(tag, [layout.layer(layer.bytes()) for layer in layers])
 
 
 if __name__ == "__main__":
