@@ -86,16 +86,23 @@ pub fn filter(directives: &str) -> Result<EnvFilter, TelemetryError> {
 }
 
 /// `RUST_LOG` where it is set and not empty, else `fallback`.
-fn filter_or(fallback: &str) -> Result<EnvFilter, TelemetryError> {
-    match std::env::var("RUST_LOG") {
-        Ok(directives) if !directives.is_empty() => filter(&directives),
-        _ => filter(fallback),
+fn directives_or(fallback: &str) -> String {
+    std::env::var("RUST_LOG").ok().filter(|directives| !directives.is_empty()).unwrap_or_else(|| fallback.to_owned())
+}
+
+/// A level alone is that of our own code. Below `info` libraries tell each frame, and may tell headers with what is
+/// secret in them: they say that only where they are named.
+fn of_ours(directives: String) -> String {
+    match directives.trim().to_ascii_lowercase().as_str() {
+        level @ ("debug" | "trace") => format!("info,clip_csi={level}"),
+        _ => directives,
     }
 }
 
 /// Sets logging up for a service: on stderr, in the configured format.
 pub fn init_service(config: &TelemetryConfig) -> Result<(), TelemetryError> {
-    let builder = tracing_subscriber::fmt().with_env_filter(filter_or(&config.log_level)?).with_writer(io::stderr);
+    let filter = filter(&of_ours(directives_or(&config.log_level)))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match config.log_format {
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
         LogFormat::Text => builder.compact().with_ansi(false).try_init(),
@@ -117,7 +124,7 @@ where
         _ => "trace",
     };
     tracing_subscriber::fmt()
-        .with_env_filter(filter_or(level)?)
+        .with_env_filter(filter(&directives_or(level))?)
         .compact()
         .without_time()
         .with_target(verbosity > 1)
@@ -234,6 +241,18 @@ mod tests {
         let error =
             HttpServer::start(addr, Arc::new(|| Box::pin(std::future::ready(Ok(()))))).await.unwrap_err().to_string();
         assert!(error.contains("telemetry.httpListen") && error.contains(&addr.to_string()), "{error}");
+    }
+
+    #[test]
+    fn a_level_alone_makes_no_library_talk() {
+        for (given, filter) in [
+            ("debug", "info,clip_csi=debug"),
+            (" TRACE", "info,clip_csi=trace"),
+            ("warn", "warn"),
+            ("info,h2=trace", "info,h2=trace"),
+        ] {
+            assert_eq!(of_ours(given.to_owned()), filter);
+        }
     }
 
     #[test]
