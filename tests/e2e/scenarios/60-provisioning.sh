@@ -10,11 +10,14 @@ reader() { # name claim
   pod "$1" 'wc -c < /image/srv/large' | sed '/^  - name: image$/,$d'
   printf '  - name: image\n    persistentVolumeClaim: {claimName: %s, readOnly: true}\n' "$2"
 }
+no_volumes() { ! k get pv -o jsonpath='{.items[*].spec.csi.driver}' | grep -q "$driver"; }
 bound() { [ "$(k get pvc "$1" -o jsonpath='{.status.phase}')" = Bound ]; }
 # The directory is there as long as a record is.
 records() { { find "$work/s3/data/store/clip/volumes" -name '*.json' 2> /dev/null || true; } | wc -l; }
-{ class e2e-python "$volume_image"; class e2e-files "$registry/team/files:30000"; claim one e2e-python; claim two e2e-python; } | k apply -f - > /dev/null
+# A record goes with its volume, a moment after the claim.
+eventually 120 'no volume is left of the scenarios before' no_volumes
 before=$(records)
+{ class e2e-python "$volume_image"; class e2e-files "$registry/team/files:30000"; claim one e2e-python; claim two e2e-python; } | k apply -f - > /dev/null
 for name in one two; do eventually 120 "claim $name is bound" bound $name; done
 same 'records of volumes in the store' $((before + 2)) "$(records)"
 { reader read-one one; echo ---; reader read-two two; } | k apply -f - > /dev/null
@@ -34,7 +37,6 @@ if $own_cluster; then
   kw delete pvc three --timeout=60s > /dev/null
 fi
 kw delete pvc one two --timeout=60s > /dev/null
-no_volumes() { ! k get pv -o jsonpath='{.items[*].spec.csi.driver}' | grep -q "$driver"; }
 eventually 120 'the PersistentVolumes are deleted' no_volumes
 same 'records that are left' "$before" "$(records)"
 k delete storageclass e2e-python e2e-files > /dev/null
