@@ -62,13 +62,12 @@ fn ours(layers: &[Tar]) -> Listing {
                 Kind::Socket => "socket".into(),
                 Kind::CharDevice | Kind::BlockDevice => format!("device {:?} {:#x}", entry.kind, entry.rdev),
             };
-            let mode = if entry.kind == Kind::Symlink { 0o777 } else { entry.mode };
             let xattrs: Vec<String> = entry.xattrs.iter().map(|(n, v)| xattr(n, v)).collect();
             let first = match entry.link_group {
                 0 => path.clone(),
                 group => groups.entry(group).or_insert_with(|| path.clone()).clone(),
             };
-            (path, line(&what, mode.into(), entry.uid, entry.gid, &xattrs, &first))
+            (path, line(&what, entry.mode.into(), entry.uid, entry.gid, &xattrs, &first))
         })
         .collect()
 }

@@ -595,6 +595,8 @@ impl Inode {
             Body::Dir(_) => entry.kind = Kind::Dir,
             Body::Symlink(target) => {
                 entry.kind = Kind::Symlink;
+                // Whatever a tar says: no filesystem here keeps another.
+                entry.mode = 0o777;
                 entry.target = target.to_vec();
             }
             Body::Special(kind) => entry.kind = *kind,

@@ -4,13 +4,14 @@
 It is there twice: `latest`, and `oracle`, the same tree said in entries that umoci can unpack (it knows no sparse files of GNU's old form, and
 no hard links to what comes later). A socket is not in it: a tar can't hold one.
 """
+import os
 import struct
 import sys
 import tarfile
 
 # Nothing is written into the checkout.
 sys.dont_write_bytecode = True
-from oci import Layer, Layout  # noqa: E402
+from oci import BORN, Layer, Layout  # noqa: E402
 
 TINY, CROWD = 100_000, 100_000
 # Well below PATH_MAX, with what a test puts before it.
@@ -78,6 +79,7 @@ def main_layer(layer):
     gnu(layer, "names/gnu/" + "/".join(["long" * 20] * 8), b"by GNU\n")
     gnu(layer, "names/gnu/link", kind=tarfile.SYMTYPE, link="/".join(["long" * 20] * 8))
     # Bytes in the header itself, as old tars have them.
+    layer.dir("names")
     plain = tarfile.TarInfo("names/plain-" + LATIN)
     plain.size, plain.mtime = 6, 1
     layer.blocks(plain.tobuf(tarfile.GNU_FORMAT), b"plain\n")
@@ -166,9 +168,15 @@ def xattrs(values):
 
 def gnu(layer, path, data=b"", **more):
     """An entry whose long names are entries of their own, as GNU tar writes them."""
+    parent = ""
+    for name in path.split("/")[:-1]:
+        parent = os.path.join(parent, name)
+        layer.dir(parent)
     info = tarfile.TarInfo(path)
     info.size, info.mtime = len(data), 1
     info.type, info.linkname = more.get("kind", tarfile.REGTYPE), more.get("link", "")
+    if info.issym():
+        info.mode = 0o777
     layer.blocks(info.tobuf(tarfile.GNU_FORMAT), data)
 
 
@@ -186,7 +194,7 @@ def old_sparse(layer, path, size, extents):
     places = [octal(at) + octal(length) for at, length in sparse_map(size, extents)]
     data = b"".join(data for _, data in extents)
     info = tarfile.TarInfo(path)
-    info.type, info.size, info.mtime = b"S", len(data), 1
+    info.type, info.size, info.mtime = b"S", len(data), BORN
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
     first, rest = places[:4], places[4:]
     header[386 : 386 + 24 * len(first)] = b"".join(first)

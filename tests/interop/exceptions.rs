@@ -74,7 +74,7 @@ pub const INDEXING: &[Defect] = &[
 ];
 
 /// What its mounts make of our archives.
-pub const MOUNTING: &[Defect] = &[XATTRS_ARE_LOST, DEVICE_NUMBERS_ARE_LOST];
+pub const MOUNTING: &[Defect] = &[XATTRS_ARE_LOST, DEVICE_NUMBERS_ARE_LOST, A_MODE_OF_0_IS_SHOWN_AS_644];
 
 /// Of an index over an image, in addition.
 pub const MOUNTING_V2: &[Defect] = &[SPARSE_FILES_FAIL];
@@ -91,6 +91,11 @@ pub const EXTRACTING_V2: &[Defect] = &[Defect {
         }
     },
 }];
+
+const A_MODE_OF_0_IS_SHOWN_AS_644: Defect = Defect {
+    name: "what nobody may read is shown with the mode 644",
+    of: |tree| tree.values_mut().filter(|facts| facts.mode == 0).for_each(|facts| facts.mode = 0o644),
+};
 
 const FIFOS_HANG_IT: Defect =
     Defect { name: "fifos hang it, and are left out by us", of: |tree| tree.retain(|_, facts| facts.kind != "fifo") };
