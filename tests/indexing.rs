@@ -222,9 +222,13 @@ async fn an_index_that_was_killed_goes_on_with_the_layer_that_was_in_work() {
     };
     let mut first = Running(command().spawn().unwrap());
     let layers = cache.join("layers");
-    let kept = || std::fs::read_dir(&layers).is_ok_and(|files| files.count() == 1);
+    // Whole, that is: it is written under another name, which begins with a dot.
+    let whole = |file: &std::fs::DirEntry| !file.file_name().as_encoded_bytes().starts_with(b".");
+    let kept = || std::fs::read_dir(&layers).is_ok_and(|files| files.flatten().any(|file| whole(&file)));
     let under_way = async {
         server.until(|_| gets(&server, &written[1].0).len() >= 2).await;
+        // What was kept comes from a thread of its own: its directory may still be missing.
+        common::appear::appears(&layers).await;
         common::appear::changes_of(&layers, kept).await;
     };
     let in_time = tokio::time::timeout(Duration::from_secs(120), under_way).await;

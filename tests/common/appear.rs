@@ -17,7 +17,7 @@ pub async fn appears(path: &Path) {
     changes_of(dir, || path.symlink_metadata().is_ok()).await;
 }
 
-/// Ready once `condition` holds, which is looked at whenever a name comes into `dir`.
+/// Ready once `condition` holds, which is looked at whenever a name comes into `dir`, which has to be there.
 pub async fn changes_of(dir: &Path, condition: impl Fn() -> bool) {
     let watch = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).expect("inotify");
     inotify::add_watch(&watch, dir, WatchFlags::CREATE | WatchFlags::MOVED_TO).expect("the directory is there");
