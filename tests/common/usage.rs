@@ -20,6 +20,17 @@ pub struct Usage {
 pub fn measured(command: &mut Command) -> (Usage, String) {
     let since = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("it can be started");
+    // Not `ru_maxrss`: that begins with the memory of who started it.
+    let status = format!("/proc/{}/status", child.id());
+    let peak = std::thread::spawn(move || {
+        let mut peak = 0;
+        // A zombie has no such line. What grows in the last milliseconds is missed.
+        while let Some(now) = high_water(&status) {
+            peak = now;
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        peak
+    });
     let mut output = String::new();
     child.stdout.take().expect("it is piped").read_to_string(&mut output).expect("its output is text");
     let pid = libc::pid_t::try_from(child.id()).expect("a process number");
@@ -35,7 +46,14 @@ pub fn measured(command: &mut Command) -> (Usage, String) {
     let usage = Usage {
         wall: since.elapsed(),
         cpu: time(usage.ru_utime) + time(usage.ru_stime),
-        peak_bytes: usage.ru_maxrss as u64 * 1024,
+        peak_bytes: peak.join().expect("it only reads") * 1024,
     };
     (usage, output)
+}
+
+/// Peak of the resident memory of a running process in kB, from its `/proc/…/status`.
+fn high_water(status: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(status).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches(" kB").parse().ok()
 }
