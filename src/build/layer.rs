@@ -52,7 +52,7 @@ pub(super) fn media_type(media_type: &str) -> (Option<Compression>, bool) {
     (foreign.or(Compression::of_media_type(media_type)), foreign.is_some())
 }
 
-/// Scans all layers of an image, each distinct one once, the largest first. The scans of the distinct ones in the image's order, and
+/// Scans all layers of an image, each distinct one once, the larger first as a rule. The scans of the distinct ones in the image's order, and
 /// which of them each layer is. `tables`: a layer's own table of contents will do instead of a pass over it. `spool`: makes a file to
 /// keep an uncompressed layer in; without it, a scan that was kept earlier will do.
 pub(super) async fn scan_all(
