@@ -7,6 +7,7 @@ mod dir;
 mod image_config;
 mod indexing;
 mod layer;
+mod memory;
 pub mod merge;
 mod output;
 pub mod progress;

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::store::ArchiveStore;
-use super::{Artifacts, BuildError, BuildOptions, DEFAULT_SPAN_KIB, Indexing, archive_image, index_image};
+use super::{Artifacts, BuildError, BuildOptions, DEFAULT_SPAN_KIB, Indexing, archive_image, index_image, memory};
 use crate::archive::Version;
 use crate::metrics::metrics;
 use crate::source::{Credentials, ImageRef, Location, ResolvedImage, Scope, SourceError, Sources};
@@ -141,6 +141,9 @@ struct Made {
     file: Option<PathBuf>,
     from: &'static str,
 }
+
+/// Of [`Provided::from`]: this process built it.
+const BUILT: &str = "built";
 
 type Job = Shared<BoxFuture<'static, Result<Made, Arc<BuildError>>>>;
 
@@ -313,10 +316,12 @@ impl Provider {
             return job.clone();
         }
         let progress = Arc::new(BuildProgress::new(image.reference.clone()));
-        let (this, key, reporter) = (self.clone(), name.clone(), progress.clone());
+        let (running, reporter) = (Running { provider: self.clone(), name: name.clone() }, progress.clone());
         let task = tokio::spawn(async move {
-            let result = this.make(&image, wanted, &credentials, &reporter).await.map_err(Arc::new);
-            this.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+            let result = running.provider.make(&image, wanted, &credentials, &reporter).await.map_err(Arc::new);
+            if !matches!(&result, Ok(made) if made.from != BUILT) {
+                tokio::task::spawn_blocking(memory::give_back);
+            }
             result
         });
         let job = async move {
@@ -325,7 +330,7 @@ impl Provider {
             })
         };
         let job = job.boxed().shared();
-        // The task needs the lock to remove itself, so it can't have done so before this insert.
+        // The task needs the lock to leave the list, so it can't have done so before this insert.
         jobs.insert(name, (job.clone(), progress));
         job
     }
@@ -354,7 +359,7 @@ impl Provider {
         }
         let path = self.build(image, wanted, progress).await?;
         self.clean_up(&path);
-        Ok(Made { location: Location::File(path.clone()), file: Some(path), from: "built" })
+        Ok(Made { location: Location::File(path.clone()), file: Some(path), from: BUILT })
     }
 
     /// A v2 archive is fetched (it is small); a v1 archive stays in the store and is read by range.
@@ -445,6 +450,18 @@ impl Provider {
                 Err(error) => warn!(archive = %path.display(), %error, "an archive can't be removed"),
             }
         }
+    }
+}
+
+/// A job in the list of those that run; leaves it however it ends, in a panic too.
+struct Running {
+    provider: Provider,
+    name: String,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.provider.inner.jobs.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
     }
 }
 
