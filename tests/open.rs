@@ -1,43 +1,32 @@
 //! From an archive to bytes through the library: what opening costs, what a read fetches, what damage does.
 
+#[path = "common/bench.rs"]
+mod bench;
 #[path = "common/layers.rs"]
 #[allow(dead_code)]
 mod layers;
+#[path = "common/skip.rs"]
+mod skip;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bench::Bench;
 use clip_csi::archive::{self, Extension, NodeId, SeekTable, Storage, Version};
 use clip_csi::build::progress::Silent;
 use clip_csi::build::{BuildOptions, archive_dir, index_image};
-use clip_csi::cache::{Cache, CacheConfig, CacheError};
+use clip_csi::cache::CacheError;
 use clip_csi::fs::{
     ImageFs, Integrity, OpenError, OpenOptions, Opened, RootView, digest_dir, digest_fs, extract, open, verify,
 };
 use clip_csi::source::fake::{FakeSource, Fault, FaultySource};
-use clip_csi::source::policy::SourceConfig;
-use clip_csi::source::{BlobSource, ImageRef, Policy, Sources};
+use clip_csi::source::{BlobSource, ImageRef};
 use clip_csi::units::{Compression, Platform};
 use layers::{Layer, text_like, write_layout};
-
-struct Bench {
-    dir: tempfile::TempDir,
-    sources: Sources,
-    cache: Arc<Cache>,
-}
+use rustix::fs::{CWD, FileType, Mode, XattrFlags};
+use rustix::io::Errno;
 
 impl Bench {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let sources = Sources::new(Policy { trusted: true, config: SourceConfig::default() }).unwrap();
-        let cache = Cache::open(&CacheConfig { dir: dir.path().join("cache"), ..CacheConfig::default() }).unwrap();
-        Self { dir, sources, cache }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     async fn open(&self, source: Arc<dyn BlobSource>) -> Result<Opened, OpenError> {
         self.open_with(source, &OpenOptions::default()).await
     }
@@ -110,6 +99,31 @@ async fn a_v1_archive_shows_the_directory_it_was_made_of() {
     let out = bench.path("out");
     extract(&opened.fs, &out, &|_| {}).await.unwrap();
     assert_eq!(digest_dir(&out, &|_| {}).unwrap(), want);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn extract_keeps_the_attributes_of_what_is_neither_file_nor_directory() {
+    let (bench, name) = (Bench::new(), "trusted.note");
+    let (dir, archive, out) = (bench.path("dir"), bench.path("v1.clip"), bench.path("out"));
+    std::fs::create_dir(&dir).unwrap();
+    std::os::unix::fs::symlink("anywhere", dir.join("link")).unwrap();
+    rustix::fs::mknodat(CWD, dir.join("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    for node in ["link", "fifo"] {
+        match rustix::fs::lsetxattr(dir.join(node), name, node.as_bytes(), XattrFlags::empty()) {
+            Ok(()) => {}
+            // Such attributes are for those who may administer the system, on filesystems that keep them.
+            Err(Errno::PERM | Errno::OPNOTSUPP) => return skip::skipped_here("no trusted.* attribute can be set here"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    archive_dir(&dir, &archive, &BuildOptions::default(), &Silent).await.unwrap();
+    let opened = bench.open(FakeSource::new("the archive", std::fs::read(&archive).unwrap())).await.unwrap();
+    extract(&opened.fs, &out, &|_| {}).await.unwrap();
+    for node in ["link", "fifo"] {
+        let mut value = [0; 16];
+        let len = rustix::fs::lgetxattr(out.join(node), name, &mut value[..]).unwrap();
+        assert_eq!(&value[..len], node.as_bytes());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,7 @@
 //! Archives that somebody damaged or made with intent: verify finds what is wrong, extract stays where it was sent.
 
+#[path = "common/bench.rs"]
+mod bench;
 #[path = "common/layers.rs"]
 #[allow(dead_code)]
 mod layers;
@@ -7,37 +9,18 @@ mod layers;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
+use bench::Bench;
 use clip_csi::archive::{Data, Header, Kind, NodeId};
 use clip_csi::build::progress::Silent;
 use clip_csi::build::{BuildOptions, archive_dir, index_image};
-use clip_csi::cache::{Cache, CacheConfig};
 use clip_csi::fs::{OpenError, OpenOptions, Opened, RootView, extract, open, verify};
+use clip_csi::source::ImageRef;
 use clip_csi::source::fake::FakeSource;
-use clip_csi::source::policy::SourceConfig;
-use clip_csi::source::{ImageRef, Policy, Sources};
 use clip_csi::units::{Compression, Digest, Platform};
 use layers::{Layer, text_like, write_layout};
 
-struct Bench {
-    dir: tempfile::TempDir,
-    sources: Sources,
-    cache: Arc<Cache>,
-}
-
 impl Bench {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let sources = Sources::new(Policy { trusted: true, config: SourceConfig::default() }).unwrap();
-        let cache = Cache::open(&CacheConfig { dir: dir.path().join("cache"), ..CacheConfig::default() }).unwrap();
-        Self { dir, sources, cache }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
     async fn open(&self, bytes: Vec<u8>) -> Result<Opened, OpenError> {
         let options = OpenOptions { root: RootView::Archive, ..OpenOptions::default() };
         open(FakeSource::new("the archive", bytes), &self.sources, &self.cache, &options).await
@@ -128,7 +111,8 @@ async fn verify_finds_a_flipped_bit_anywhere_in_the_files_of_an_archive_of_the_g
     let tree = opened.fs.tree();
     let ids = (0..tree.len() as u32).map(NodeId).filter(|id| tree.attr(*id).kind == Kind::File);
     let files = ids.filter_map(|id| match tree.data(id) {
-        Data::Contiguous { offset, .. } => Some(offset..offset + tree.attr(id).size),
+        // With the type before it and the checksum behind it.
+        Data::Contiguous { offset, .. } => Some(offset - 1..offset + tree.attr(id).size + 8),
         _ => None,
     });
     for at in files.flat_map(places) {

@@ -30,7 +30,7 @@ const SPAN: u64 = 1 << 20;
 const MAX_SPANS: usize = 1 << 22;
 
 /// Bytes of CRC-64 behind a file's data.
-const CRC_LEN: u64 = 8;
+pub(super) const CRC_LEN: u64 = 8;
 
 /// Spans of a large file that are fetched at once while it is being checked as a whole.
 const CHECK_AHEAD: usize = 4;

@@ -5,12 +5,13 @@
 mod stored;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use futures::TryStreamExt as _;
 
 use self::stored::Stored;
-use super::legacy::{FileCheck, FileRange, WholeFileFiller};
+use super::legacy::{CRC_LEN, FileCheck, FileRange, WholeFileFiller};
 use super::parts::{Part, Proof};
 use super::{OpenError, Opened};
 use crate::archive::{BlobTable, Data, HEADER_LEN, Kind, NodeId, Storage};
@@ -284,6 +285,9 @@ async fn check_files(
     Ok(())
 }
 
+/// Bytes of a block's type before the data of its file, in v1 archives; that of a file is 0.
+const TYPE_LEN: u64 = 1;
+
 /// Checks files by their content hashes while the bytes of their blob go by in order.
 struct FileChecks<'a> {
     opened: &'a Opened,
@@ -292,8 +296,8 @@ struct FileChecks<'a> {
     next: usize,
     active: Vec<Active>,
     at: u64,
-    /// A file without a content hash is followed by a CRC-64.
-    crc: bool,
+    /// Files lie in blocks: a type, the data, a CRC-64.
+    blocks: bool,
     matched_bytes: u64,
     uncovered_bytes: u64,
     problems: Vec<String>,
@@ -301,20 +305,61 @@ struct FileChecks<'a> {
 
 struct Active {
     file: FileRange,
+    content: Option<FileCheck>,
+    block: Option<Block>,
+}
+
+/// What is around the data of a file, as far as it went by.
+struct Block {
+    kind: Vec<u8>,
     check: FileCheck,
-    /// The checksum behind the data, as far as it went by.
     crc: Vec<u8>,
-    crc_len: usize,
+}
+
+impl Active {
+    /// All of what is checked.
+    fn range(&self) -> Range<u64> {
+        let Range { start, end } = self.file.range();
+        match self.block {
+            Some(_) => start.saturating_sub(TYPE_LEN)..end + CRC_LEN,
+            None => start..end,
+        }
+    }
+
+    /// `part` gives what went by of a range.
+    fn update<'b>(&mut self, part: impl Fn(Range<u64>) -> &'b [u8]) {
+        let data = self.file.range();
+        if let Some(content) = &mut self.content {
+            content.update(part(data.clone()));
+        }
+        if let Some(block) = &mut self.block {
+            block.kind.extend_from_slice(part(data.start.saturating_sub(TYPE_LEN)..data.start));
+            block.check.update(part(data.clone()));
+            block.crc.extend_from_slice(part(data.end..data.end + CRC_LEN));
+        }
+    }
+
+    fn finish(self) -> Result<(), String> {
+        self.content.map_or(Ok(()), |content| content.finish(&[]))?;
+        let Some(Block { kind, check, crc }) = self.block else { return Ok(()) };
+        match kind[..] {
+            [0] => check.finish(&crc),
+            [kind, ..] => Err(format!("the type before its content is {kind}, that of files is 0")),
+            [] => Err("there is no type before its content".into()),
+        }
+    }
 }
 
 impl<'a> FileChecks<'a> {
-    fn new(opened: &'a Opened, files: Vec<FileRange>, crc: bool) -> Self {
+    fn new(opened: &'a Opened, files: Vec<FileRange>, blocks: bool) -> Self {
         let tree = opened.fs.tree();
         let mut files: Vec<_> = files
             .into_iter()
             .filter(|file| tree.attr(file.node).kind == Kind::File)
             .map(|file| (file, tree.content_hash(file.node)))
-            .filter(|(file, hash)| (crc || hash.is_some()) && file.offset.checked_add(file.len + 8).is_some())
+            .filter(|(file, hash)| {
+                (blocks || hash.is_some()) && file.offset.checked_add(file.len.saturating_add(CRC_LEN)).is_some()
+            })
             .collect();
         files.sort_unstable_by_key(|(file, _)| (file.offset, file.node));
         Self {
@@ -323,7 +368,7 @@ impl<'a> FileChecks<'a> {
             next: 0,
             active: Vec::new(),
             at: 0,
-            crc,
+            blocks,
             matched_bytes: 0,
             uncovered_bytes: 0,
             problems: Vec::new(),
@@ -332,38 +377,41 @@ impl<'a> FileChecks<'a> {
 
     /// Where the last check ends.
     fn end(&self) -> u64 {
-        self.files.iter().map(|(file, _)| file.range().end + 8).max().unwrap_or(0)
+        self.files.iter().map(|(file, _)| file.range().end + CRC_LEN).max().unwrap_or(0)
     }
 
     fn push(&mut self, bytes: &[u8]) {
         let (start, end) = (self.at, self.at + bytes.len() as u64);
-        while let Some((file, hash)) = self.files.get(self.next).filter(|(file, _)| file.offset < end) {
+        let lead = if self.blocks { TYPE_LEN } else { 0 };
+        while let Some((file, hash)) =
+            self.files.get(self.next).filter(|(file, _)| file.offset - lead.min(file.offset) < end)
+        {
+            let block = self.blocks.then(|| Block { kind: Vec::new(), check: FileCheck::new(None), crc: Vec::new() });
+            let active = Active { file: *file, content: hash.map(|hash| FileCheck::new(Some(hash))), block };
             // One that begins in bytes that were skipped can't be checked any more.
-            if file.offset >= start {
-                let crc_len = if hash.is_none() && self.crc { 8 } else { 0 };
-                self.active.push(Active { file: *file, check: FileCheck::new(*hash), crc: Vec::new(), crc_len });
+            if active.range().start >= start {
+                self.active.push(active);
             } else {
                 self.uncovered_bytes += file.len;
             }
             self.next += 1;
         }
-        let part = |from: u64, to: u64| {
-            let from = from.clamp(start, end) - start;
-            let to = to.clamp(start, end) - start;
+        let part = |range: Range<u64>| {
+            let from = range.start.clamp(start, end) - start;
+            let to = range.end.clamp(start, end) - start;
             bytes.get(from as usize..(to as usize).max(from as usize)).unwrap_or_default()
         };
         let mut still = Vec::new();
         for mut active in std::mem::take(&mut self.active) {
-            let range = active.file.range();
-            active.check.update(part(range.start, range.end));
-            active.crc.extend_from_slice(part(range.end, range.end + active.crc_len as u64));
-            if end < range.end + active.crc_len as u64 {
+            active.update(part);
+            if end < active.range().end {
                 still.push(active);
                 continue;
             }
-            match active.check.finish(&active.crc) {
-                Ok(()) => self.matched_bytes += active.file.len,
-                Err(detail) => self.problems.push(format!("{}: {detail}", show(self.opened, active.file.node))),
+            let file = active.file;
+            match active.finish() {
+                Ok(()) => self.matched_bytes += file.len,
+                Err(detail) => self.problems.push(format!("{}: {detail}", show(self.opened, file.node))),
             }
         }
         self.active = still;
@@ -378,5 +426,8 @@ impl<'a> FileChecks<'a> {
 
     fn report(self, out: &mut Verified) {
         self.problems.into_iter().for_each(|problem| out.problem(problem));
+        for cut in self.active.iter().filter(|active| active.block.is_some()) {
+            out.problem(format!("{}: the archive ends before its checksum does", show(self.opened, cut.file.node)));
+        }
     }
 }
