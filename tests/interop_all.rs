@@ -23,9 +23,9 @@ use std::sync::Mutex;
 use std::time::SystemTime;
 
 use clip_csi::source::S3Keys;
+use common::gateway::Gateway;
 use common::node::Node;
 use common::registry::Registry;
-use common::s3::S3;
 use common::skip::skipped;
 use common::tree::{assert_same, walk};
 use common::usage::{Usage, measured};
@@ -112,8 +112,13 @@ impl Image {
         }
     }
 
+    /// An S3 server, or a note that this cell is skipped.
+    async fn gateway(&self, cell: &str) -> Option<Gateway> {
+        Gateway::or_skip(&format!("{}: {cell}", self.name), "images").await
+    }
+
     /// We mount, list, read, extract and verify an archive of the Go module.
-    async fn read_by_us(&self, archive: &str, s3: Option<&S3>, oracle: &Seen) {
+    async fn read_by_us(&self, archive: &str, s3: Option<&Gateway>, oracle: &Seen) {
         // An address must be configured; the keys are the volume's.
         let known: Vec<Value> =
             s3.iter().map(|s3| json!({"endpoint": s3.endpoint(), "bucket": "other", "pathStyle": true})).collect();
@@ -125,7 +130,7 @@ impl Image {
         let node = Node::start(json!({"sources": sources})).await;
         let mut request = node.request("a", &[("archive", archive), ("integrity", "strict")]);
         let mut environment = vec![];
-        if let Some(S3Keys { access_key, secret_key, .. }) = s3.map(S3::keys) {
+        if let Some(S3Keys { access_key, secret_key, .. }) = s3.map(Gateway::keys) {
             environment.push(("AWS_ACCESS_KEY_ID", access_key.clone()));
             environment.push(("AWS_SECRET_ACCESS_KEY", secret_key.clone()));
             request.secrets.insert("accessKeyId".into(), access_key);
@@ -192,14 +197,14 @@ impl Image {
         self.go.run("create", [&bundle, &archive]);
         let oracle = self.exceptions.apply(&self.oracle, &[exceptions::ARCHIVING]);
         self.cell("v1 local, Go builds", self.read_by_us(&self.text("go.clip"), None, &oracle)).await;
-        let s3 = S3::start().await;
+        let Some(s3) = self.gateway("v1 remote, Go builds").await else { return };
         s3.put_file("images", "go.clip", &archive);
         let work = async {
             let (endpoint, bucket, key) = (Path::new(s3.endpoint()), Path::new("images"), Path::new("go.clip"));
             let remote = self.path("go.rclip");
             self.go.run("remote", [&archive, &remote, endpoint, bucket, key]);
             s3.put_file("images", "go.rclip", &remote);
-            self.read_by_us(&s3.url("images", "go.rclip"), Some(&s3), &oracle).await;
+            self.read_by_us(&s3.location("images", "go.rclip").to_string(), Some(&s3), &oracle).await;
         };
         self.cell("v1 remote, Go builds", work).await;
         fs::remove_file(archive).unwrap();
@@ -225,22 +230,18 @@ impl Image {
             assert_same(&copy, &self.exceptions.apply(&self.oracle, exceptions::EXTRACTING));
         };
         self.cell("v1 local, we build", work).await;
-        let s3 = S3::start().await;
-        s3.bucket("images");
+        let Some(s3) = self.gateway("v1 remote, we build").await else { return };
         let work = async {
-            let (keys, url) = (s3.keys(), s3.url("images", "ours.clip"));
+            let (keys, url) = (s3.keys(), s3.location("images", "ours.clip").to_string());
             let mut push = Command::new(common::binary());
             push.args(["push", &self.text("ours.clip"), &url, "--rclip"]);
             push.env("AWS_ACCESS_KEY_ID", &keys.access_key).env("AWS_SECRET_ACCESS_KEY", &keys.secret_key);
             let (go, dir) = (self.go, self.path("mount-s3"));
             let remote = s3.path("images", "ours.rclip");
-            // The server runs on this runtime: nothing here may block it.
-            let shown = tokio::task::spawn_blocking(move || {
-                measured(&mut push);
-                let mounted = go.mount_s3(&remote, &dir, &keys.access_key, &keys.secret_key);
-                settled(walk(&mounted.dir.join("rootfs")))
-            });
-            let shown = shown.await.unwrap();
+            measured(&mut push);
+            let go = go.mount_s3(&remote, &dir, &keys.access_key, &keys.secret_key);
+            let shown = settled(walk(&go.dir.join("rootfs")));
+            drop(go);
             assert_same(&shown, &reference::with_lost_nanoseconds(mounted.clone(), &shown));
             // Its extractor has no source but the archive itself: of an index it would write the index's bytes.
             self.dumped_by_go(&s3.path("images", "ours.rclip"), "/rootfs");

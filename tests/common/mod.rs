@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod appear;
+pub mod gateway;
 pub mod http_fault;
 pub mod image;
 pub mod layers;
