@@ -8,7 +8,7 @@ use crate::skip::needs;
 use crate::{derived, read, root};
 
 /// Files below tests/install/values: what the chart is rendered with.
-const SETS: &[&str] = &["default", "provisioning", "registry", "everything"];
+pub const SETS: &[&str] = &["default", "provisioning", "registry", "everything"];
 
 fn helm(args: &[&str]) -> Output {
     let mut command = Command::new("helm");
@@ -30,20 +30,20 @@ fn refusal(args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn rendered(set: &str) -> String {
+pub fn rendered(set: &str) -> String {
     let output = template(&["--values", &format!("tests/install/values/{set}.yaml")]);
     assert!(output.status.success(), "{set}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn objects(yaml: &str) -> Vec<Value> {
+pub fn objects(yaml: &str) -> Vec<Value> {
     let documents = serde_yaml_ng::Deserializer::from_str(yaml);
     let parse = |d| <Value as serde::Deserialize>::deserialize(d).unwrap_or_else(|e| panic!("{e}\n{yaml}"));
     documents.map(parse).filter(|v| !v.is_null()).collect()
 }
 
 /// The value at a path like `spec/template/spec`; a number is an index.
-fn at<'a>(value: &'a Value, path: &str) -> &'a Value {
+pub fn at<'a>(value: &'a Value, path: &str) -> &'a Value {
     path.split('/').fold(value, |value, key| match key.parse::<usize>() {
         Ok(index) => &value[index],
         Err(_) => &value[key],

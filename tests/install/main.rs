@@ -8,6 +8,7 @@ mod skip;
 mod docs;
 mod helm;
 mod image;
+mod relations;
 mod values;
 
 use std::path::{Path, PathBuf};
