@@ -141,7 +141,8 @@ plugin_pid() { # node | controller
   done
   return 0
 }
-rss() { awk '/^VmRSS/ {print $2}' "/proc/$1/status"; } # pid: KiB
+rss() { awk '/^(VmRSS|RssAnon)/ {kib[$1] = $2} END {printf "%d MB (%d anonymous)", kib["VmRSS:"] / 976.6, kib["RssAnon:"] / 976.6}' "/proc/$1/status"; } # pid
+memory() { note "resident memory $1: node plugin $(rss "$(plugin_pid node)"), controller $(rss "$(plugin_pid controller)")"; } # when
 
 # Seconds since the machine's start, the same in pods.
 uptime_now() { cut -d' ' -f1 /proc/uptime; }

@@ -17,6 +17,7 @@ only_the_other() { [ "$(taints)" = example.com/other ]; }
 eventually 120 'the startup taint is removed, and no other' only_the_other
 k taint node "$node" example.com/other- > /dev/null
 driver_ready
+if $own_cluster; then memory 'at rest'; fi
 pod first 'cat /image/etc/os-release' image="$volume_image" | k apply -f - > /dev/null
 succeeded first 120
 contains 'what the pod read' "$(k logs first)" 'clip-csi test image'
