@@ -24,6 +24,8 @@ use serde_json::json;
 /// Interleaved rounds of each pair; medians are told.
 const ROUNDS: usize = 11;
 const SMALL_FILES: usize = 5_000;
+/// One file in so many is a large one.
+const LARGE: usize = 8;
 const ABSENT_LOOKUPS: usize = 100_000;
 
 #[tokio::main]
@@ -36,8 +38,11 @@ async fn main() {
     }
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::start();
-    println!("image of 30,000 files in 1,000 directories; medians of {ROUNDS} interleaved rounds");
-    let image = Image::new(&dir.path().join("30k"), 30_000, &registry, "bench/30k").await;
+    let image = Image::new(&dir.path().join("30k"), 30_000, usual_size, &registry, "bench/30k").await;
+    println!(
+        "image of 30,000 files ({} MB) in 1,000 directories; medians of {ROUNDS} interleaved rounds",
+        (0..30_000).map(usual_size).sum::<usize>() / 1_000_000
+    );
     against_disk(&image, &registry).await;
     println!();
     let reference = reference(dir.path());
@@ -51,7 +56,10 @@ async fn main() {
         let name = format!("index of {} MB, {} unpacked", compressed / 1_000_000, uncompressed / 1_000_000);
         index_build(&name, &registry.image("bench/real", "v1"), reference.as_deref(), dir.path());
     }
-    let large = Image::new(&dir.path().join("100k"), 100_000, &registry, "bench/100k").await;
+    let tiny = Image::new(&dir.path().join("tiny"), 30_000, small_size, &registry, "bench/tiny").await;
+    index_build("index of 30,000 small files only", &tiny.reference, reference.as_deref(), dir.path());
+    drop(tiny);
+    let large = Image::new(&dir.path().join("100k"), 100_000, small_size, &registry, "bench/100k").await;
     memory(&large, reference.as_deref(), &registry, dir.path()).await;
 }
 
@@ -65,7 +73,14 @@ struct Image {
 }
 
 impl Image {
-    async fn new(dir: &Path, files: usize, registry: &Registry, repository: &str) -> Self {
+    /// `size`: bytes of a file by its number.
+    async fn new(
+        dir: &Path,
+        files: usize,
+        size: impl Fn(usize) -> usize,
+        registry: &Registry,
+        repository: &str,
+    ) -> Self {
         let (on_disk, archive) = (dir.join("disk"), dir.join("image.clip"));
         let dirs = files / 30;
         let mut layer = Layer::new(Compression::Gzip);
@@ -74,7 +89,7 @@ impl Image {
             layer = layer.dir(&dir_name(d), 0o755);
         }
         for f in 0..files {
-            let bytes = layers::text_like(f as u64 + 1, 200 + f * 7919 % 8000);
+            let bytes = layers::text_like(f as u64 + 1, size(f));
             let path = file_name(f, dirs);
             std::fs::write(on_disk.join(&path), &bytes).unwrap();
             layer = layer.file(&path, &bytes);
@@ -82,9 +97,19 @@ impl Image {
         layers::write_layout(&dir.join("layout"), vec![layer]);
         registry.push_layout(&dir.join("layout"), repository, "v1").await;
         let reference = registry.image(repository, "v1");
-        run(Command::new(env!("CARGO_BIN_EXE_clip-csi")).args(["index", &reference, "-o"]).arg(&archive));
+        run(Command::new(env!("CARGO_BIN_EXE_clip-csi")).args(["-q", "index", &reference, "-o"]).arg(&archive));
         Self { on_disk, archive, reference, dirs, files }
     }
+}
+
+/// 4 KB on average.
+fn small_size(f: usize) -> usize {
+    200 + f * 7919 % 8000
+}
+
+/// 16 KB on average, as files of images have: one in [`LARGE`] has 100 KB.
+fn usual_size(f: usize) -> usize {
+    if f.is_multiple_of(LARGE) { 100_000 } else { small_size(f) }
 }
 
 fn dir_name(d: usize) -> String {
@@ -98,6 +123,7 @@ fn file_name(f: usize, dirs: usize) -> String {
 async fn against_disk(image: &Image, registry: &Registry) {
     let root = image.archive.parent().unwrap();
     let node = Node::start(json!({
+        "telemetry": {"logLevel": "warn"},
         "sources": {"archiveRoots": [root], "registries": {registry.host(): {"plainHttp": true}}},
     }))
     .await;
@@ -119,7 +145,12 @@ async fn against_disk(image: &Image, registry: &Registry) {
     let mounted = node.publish("bench", &[("archive", archive)]).await.unwrap();
     let disk = &image.on_disk;
     compare("warm find", "disk", || find(&mounted), || find(disk));
-    let files: Vec<String> = (0..SMALL_FILES).map(|f| file_name(f * 6 % image.files, image.dirs)).collect();
+    let files: Vec<String> = (0..image.files)
+        .filter(|f| !f.is_multiple_of(LARGE))
+        .step_by(5)
+        .take(SMALL_FILES)
+        .map(|f| file_name(f, image.dirs))
+        .collect();
     compare("warm open + read of 5,000 small files", "disk", || read(&mounted, &files), || read(disk, &files));
     let absent: Vec<String> =
         (0..ABSENT_LOOKUPS).map(|i| format!("{}/absent-{}", dir_name(i % 100), i / 1000)).collect();
@@ -187,6 +218,7 @@ fn cpu_of_children() -> f64 {
 
 async fn memory(image: &Image, reference: Option<&Path>, registry: &Registry, dir: &Path) {
     let node = Node::start(json!({
+        "telemetry": {"logLevel": "warn"},
         "sources": {"archiveRoots": [image.archive.parent()], "registries": {registry.host(): {"plainHttp": true}}},
     }))
     .await;
