@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use clip_csi::build::DEFAULT_SPAN_KIB;
 use common::node::Node;
 use common::registry::Registry;
 use common::skip;
@@ -26,7 +27,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-const SPANS_KIB: [u64; 5] = [256, 512, 1024, 2048, 4096];
+const SPANS_KIB: [u64; 6] = [256, 512, 1024, 2048, DEFAULT_SPAN_KIB, 4096];
 /// Rounds over all sizes; medians are told.
 const ROUNDS: usize = 3;
 const ROUND_TRIP: Duration = Duration::from_millis(30);

@@ -304,8 +304,8 @@ impl Config {
                 return invalid("imageService.archiveStore", store, remedy);
             }
         }
-        if !images.span_kib.is_power_of_two() || !SPAN_KIB.contains(&images.span_kib) {
-            return invalid("imageService.spanKib", images.span_kib, "write a power of two from 64 to 16384");
+        if !images.span_kib.is_multiple_of(64) || !SPAN_KIB.contains(&images.span_kib) {
+            return invalid("imageService.spanKib", images.span_kib, "write a multiple of 64 from 64 to 16384");
         }
         if images.index_concurrency > INDEX_CONCURRENCY_MAX {
             let remedy = "write a number from 1 to 256, or 0 for one layer per CPU";

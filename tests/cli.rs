@@ -128,7 +128,7 @@ fn wrong_usage_is_exit_code_2_and_names_what_is_wrong() {
         (&["frobnicate"][..], "frobnicate"),
         (&["ls"], "<ARCHIVE>"),
         (&["index", "img", "-o", "x", "--platform", "linux"], "os/arch"),
-        (&["index", "img", "-o", "x", "--span-kib", "1000"], "power of two"),
+        (&["index", "img", "-o", "x", "--span-kib", "1000"], "multiple of 64"),
         (&["ls", "--root", "somewhere", "a.clip"], "auto, bundle or archive"),
         (&["completions", "tcsh"], "bash"),
     ] {

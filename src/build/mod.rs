@@ -95,7 +95,7 @@ impl BuildError {
 }
 
 /// Uncompressed bytes per span, in KiB, where nothing else is asked for: found by measurement, see docs/performance.md.
-pub const DEFAULT_SPAN_KIB: u64 = 2048;
+pub const DEFAULT_SPAN_KIB: u64 = 2176;
 
 /// Options of a build.
 #[derive(Debug, Clone)]

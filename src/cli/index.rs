@@ -64,15 +64,15 @@ pub(super) struct BuildArgs {
     /// The platform, where the image has several [default: this machine's]
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
     pub(super) platform: Option<Platform>,
-    /// Uncompressed bytes that are fetched and verified as one, in KiB (a power of two)
+    /// Uncompressed bytes that are fetched and verified as one, in KiB (a multiple of 64)
     #[arg(long, value_name = "N", default_value_t = DEFAULT_SPAN_KIB, value_parser = span_kib)]
     pub(super) span_kib: u64,
 }
 
 fn span_kib(text: &str) -> Result<u64, String> {
     match text.parse::<u64>() {
-        Ok(n) if n.is_power_of_two() && (64..=16384).contains(&n) => Ok(n),
-        _ => Err("write a power of two from 64 to 16384".into()),
+        Ok(n) if n.is_multiple_of(64) && (64..=16384).contains(&n) => Ok(n),
+        _ => Err("write a multiple of 64 from 64 to 16384".into()),
     }
 }
 
