@@ -139,7 +139,30 @@ impl Windows {
 /// Where the side work is done.
 pub(super) enum SideWork {
     Inline(Box<Inline>),
-    Thread { jobs: SyncSender<Job>, returned: Receiver<Vec<u8>>, thread: JoinHandle<Digests> },
+    Thread(Helper),
+}
+
+/// Side work on a thread of its own, which ends with this.
+pub(super) struct Helper {
+    /// `None`, like `thread`, once it is to end.
+    jobs: Option<SyncSender<Job>>,
+    returned: Receiver<Vec<u8>>,
+    thread: Option<JoinHandle<Digests>>,
+}
+
+impl Helper {
+    /// Waits until all jobs are done; `None` if the thread has panicked.
+    fn finish(&mut self) -> Option<Digests> {
+        drop(self.jobs.take());
+        self.thread.take()?.join().ok()
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        // An index that is given up leaves no thread behind: what is in the queue takes milliseconds.
+        self.finish();
+    }
 }
 
 /// Side work on the caller's own thread.
@@ -157,7 +180,7 @@ impl SideWork {
         let (jobs, inbox) = sync_channel::<Job>(QUEUE);
         let (back, returned) = channel();
         match std::thread::Builder::new().name("index-digests".into()).spawn(move || work(inbox, back)) {
-            Ok(thread) => Self::Thread { jobs, returned, thread },
+            Ok(thread) => Self::Thread(Helper { jobs: Some(jobs), returned, thread: Some(thread) }),
             Err(_) => inline(),
         }
     }
@@ -166,7 +189,7 @@ impl SideWork {
     pub(super) fn buffer(&mut self) -> Vec<u8> {
         match self {
             Self::Inline(inline) => inline.spare.pop(),
-            Self::Thread { returned, .. } => returned.try_recv().ok(),
+            Self::Thread(helper) => helper.returned.try_recv().ok(),
         }
         .unwrap_or_default()
     }
@@ -179,7 +202,7 @@ impl SideWork {
                 inline.spare.extend(back);
             }
             // A thread that is gone has panicked: `finish` says so.
-            Self::Thread { jobs, .. } => drop(jobs.send(job)),
+            Self::Thread(helper) => drop(helper.jobs.as_ref().map(|jobs| jobs.send(job))),
         }
     }
 
@@ -187,10 +210,7 @@ impl SideWork {
     pub(super) fn finish(self) -> Option<Digests> {
         match self {
             Self::Inline(inline) => Some(inline.digester.finish()),
-            Self::Thread { jobs, thread, .. } => {
-                drop(jobs);
-                thread.join().ok()
-            }
+            Self::Thread(mut helper) => helper.finish(),
         }
     }
 }
@@ -204,4 +224,29 @@ fn work(inbox: Receiver<Job>, back: Sender<Vec<u8>>) -> Digests {
         }
     }
     digester.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn an_index_that_is_given_up_leaves_no_thread_behind() {
+        let (jobs, inbox) = sync_channel::<Job>(QUEUE);
+        let (back, returned) = channel();
+        let ended = Arc::new(AtomicBool::new(false));
+        let says = ended.clone();
+        let thread = std::thread::spawn(move || {
+            let digests = work(inbox, back);
+            says.store(true, Ordering::SeqCst);
+            digests
+        });
+        let mut side = SideWork::Thread(Helper { jobs: Some(jobs), returned, thread: Some(thread) });
+        side.hand(Job::Stored(vec![0; BUFFER]));
+        drop(side);
+        assert!(ended.load(Ordering::SeqCst));
+    }
 }
