@@ -3,7 +3,7 @@
 //! The modules, from the top down. Imports run downward only (`tests/architecture.rs` holds us to it):
 //!
 //! ```text
-//! main -> cli -> config -> csi -> {mount, k8s} -> {fs, build} -> {cache, source} -> inflate -> archive -> {units, metrics}
+//! main -> cli -> config -> csi -> {mount, k8s} -> {fs, build} -> {cache, source} -> inflate -> archive -> {units, metrics, memory}
 //! telemetry stands beside csi and is used by cli only
 //! ```
 //!
@@ -19,6 +19,7 @@
 //! | [`mount`] | shared mounts, bind mounts, journal and recovery |
 //! | [`k8s`] | the Kubernetes API: claims, volume records, Events, the startup taint |
 //! | [`csi`] | the CSI and registration services |
+//! | [`memory`] | what is asked of the allocator |
 //! | [`telemetry`], [`metrics`] | logs, spans, `/metrics`, `/healthz`, `/readyz` |
 //! | [`config`] | file, environment and flags, composed and validated |
 //! | [`cli`] | the `clip-csi` command |
@@ -32,6 +33,7 @@ pub mod csi;
 pub mod fs;
 pub mod inflate;
 pub mod k8s;
+pub mod memory;
 pub mod metrics;
 pub mod mount;
 pub mod source;

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("metrics", &[]),
+    ("memory", &[]),
     ("archive", &["units"]),
     ("inflate", &["archive", "units", "metrics"]),
     ("source", &["inflate", "archive", "units", "metrics"]),
     ("cache", &["source", "inflate", "archive", "units", "metrics"]),
-    ("build", &["cache", "source", "inflate", "archive", "units", "metrics"]),
+    ("build", &["cache", "source", "inflate", "archive", "units", "metrics", "memory"]),
     ("fs", &["cache", "source", "inflate", "archive", "units", "metrics"]),
     ("mount", &["fs", "build", "cache", "source", "inflate", "archive", "units", "metrics"]),
     ("k8s", &["build", "source", "archive", "units", "metrics"]),
@@ -35,6 +36,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "archive",
             "units",
             "metrics",
+            "memory",
         ],
     ),
 ];

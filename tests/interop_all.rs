@@ -191,8 +191,12 @@ impl Image {
     async fn v1_of_theirs(&self) {
         let (bundle, archive) = (self.path("bundle"), self.path("go.clip"));
         for fifo in self.oracle.iter().filter(|(_, facts)| facts.kind == "fifo").map(|(path, _)| path) {
-            // It opens them and waits for ever.
-            fs::remove_file(bundle.join("rootfs").join(fifo)).unwrap();
+            // It opens them and waits for ever. Their directory's time stays.
+            let fifo = bundle.join("rootfs").join(fifo);
+            let dir = fs::File::open(fifo.parent().unwrap()).unwrap();
+            let modified = dir.metadata().unwrap().modified().unwrap();
+            fs::remove_file(fifo).unwrap();
+            dir.set_modified(modified).unwrap();
         }
         self.go.run("create", [&bundle, &archive]);
         let oracle = self.exceptions.apply(&self.oracle, &[exceptions::ARCHIVING]);

@@ -7,7 +7,6 @@ mod dir;
 mod image_config;
 mod indexing;
 mod layer;
-mod memory;
 pub mod merge;
 mod output;
 pub mod progress;

@@ -18,8 +18,9 @@ use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::store::ArchiveStore;
-use super::{Artifacts, BuildError, BuildOptions, DEFAULT_SPAN_KIB, Indexing, archive_image, index_image, memory};
+use super::{Artifacts, BuildError, BuildOptions, DEFAULT_SPAN_KIB, Indexing, archive_image, index_image};
 use crate::archive::Version;
+use crate::memory;
 use crate::metrics::metrics;
 use crate::source::{Credentials, ImageRef, Location, ResolvedImage, Scope, SourceError, Sources};
 use crate::units::{Digest, Platform};

@@ -136,6 +136,7 @@ fn command() -> clap::Command {
 
 /// Parses the process's arguments, runs, prints the error, gives the exit code.
 pub fn main() -> ExitCode {
+    crate::memory::settle();
     let cli = match command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => {
