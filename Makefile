@@ -35,7 +35,7 @@ soak: ## the property tests with other inputs each time, many of them (PROPTEST_
 interop: ## only the tests against the Go module: our archives read by it, its by us
 	@$(test-env); .ci/test --test interop
 
-interop-all: ## the same with images as people have them, in every form, both ways (root; network once, 12 GB of disk, half an hour); IMAGES="NAME ..." for some
+interop-all: ## the same with images as people have them, in every form, both ways (root; network once, 12 GB of disk, up to an hour); IMAGES="NAME ..." for some
 	@environment=$$(.ci/setup images); eval "$$environment"; images=$$(tests/images/build $(IMAGES)); binary=$$(.ci/release); \
 	CLIP_CSI_IMAGES="$$images" CLIP_CSI_TEST_BINARY="$$binary" .ci/test --test interop_all -- --nocapture --test-threads 1 $(IMAGES)
 

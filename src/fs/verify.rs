@@ -384,7 +384,7 @@ impl<'a> FileChecks<'a> {
         let (start, end) = (self.at, self.at + bytes.len() as u64);
         let lead = if self.blocks { TYPE_LEN } else { 0 };
         while let Some((file, hash)) =
-            self.files.get(self.next).filter(|(file, _)| file.offset - lead.min(file.offset) < end)
+            self.files.get(self.next).filter(|(file, _)| file.offset.saturating_sub(lead) < end)
         {
             let block = self.blocks.then(|| Block { kind: Vec::new(), check: FileCheck::new(None), crc: Vec::new() });
             let active = Active { file: *file, content: hash.map(|hash| FileCheck::new(Some(hash))), block };
