@@ -473,3 +473,29 @@ fn touch(path: &Path) {
         let _ = file.set_times(std::fs::FileTimes::new().set_accessed(std::time::SystemTime::now()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Policy;
+
+    #[test]
+    fn a_job_that_panics_leaves_the_list() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = ImageServiceConfig { archive_dir: dir.path().to_owned(), ..Default::default() };
+        let sources = Sources::new(Policy { trusted: true, config: Default::default() }).unwrap();
+        let provider = Provider::new(config, sources).unwrap();
+        let failed = BuildError::Io { what: "archive build".into(), detail: "of a test".into() };
+        let job: Job = futures::future::ready(Err(Arc::new(failed))).boxed().shared();
+        let progress = Arc::new(BuildProgress::new("registry.test/x:latest".parse().unwrap()));
+        let jobs = || provider.inner.jobs.lock().unwrap();
+        jobs().insert("x".into(), (job, progress));
+        let running = Running { provider: provider.clone(), name: "x".into() };
+        let panicked = std::thread::spawn(move || {
+            let _running = running;
+            panic!("in a build");
+        });
+        assert!(panicked.join().is_err());
+        assert!(jobs().is_empty());
+    }
+}
