@@ -21,8 +21,6 @@ const MIN_CACHE_BYTES: u64 = 64 << 20;
 const MIN_FILL_BYTES: u64 = 16 << 20;
 /// The smallest archive directory: the index of one large image must fit.
 const MIN_ARCHIVE_BYTES: u64 = 64 << 20;
-/// Span sizes in KiB that make sense: below, the table outgrows its use; above, most of what is fetched is not wanted.
-const SPAN_KIB: std::ops::RangeInclusive<u64> = 64..=16384;
 /// Layers at a time that make sense; beyond, each CPU would hold dozens of half-read layers.
 const INDEX_CONCURRENCY_MAX: usize = 256;
 /// Distances in MiB of the checkpoints for the Go module.
@@ -304,7 +302,7 @@ impl Config {
                 return invalid("imageService.archiveStore", store, remedy);
             }
         }
-        if !images.span_kib.is_multiple_of(64) || !SPAN_KIB.contains(&images.span_kib) {
+        if !crate::build::is_span_kib(images.span_kib) {
             return invalid("imageService.spanKib", images.span_kib, "write a multiple of 64 from 64 to 16384");
         }
         if images.index_concurrency > INDEX_CONCURRENCY_MAX {

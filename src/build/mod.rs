@@ -96,6 +96,12 @@ impl BuildError {
 /// Uncompressed bytes per span, in KiB, where nothing else is asked for: found by measurement, see docs/performance.md.
 pub const DEFAULT_SPAN_KIB: u64 = 2176;
 
+/// Whether a span may aim at so many KiB: a multiple of 64 from 64 to 16384. Below, the table outgrows its use; above, most of
+/// what is fetched is not wanted.
+pub fn is_span_kib(kib: u64) -> bool {
+    kib.is_multiple_of(64) && (64..=16384).contains(&kib)
+}
+
 /// Options of a build.
 #[derive(Debug, Clone)]
 pub struct BuildOptions {

@@ -9,7 +9,7 @@ use clap::Args;
 use super::args::{self, SourceArgs};
 use super::bars::Bars;
 use super::{CliError, Global, human};
-use crate::build::{Artifacts, BuildOptions, BuildReport, DEFAULT_SPAN_KIB, Indexing, index_image};
+use crate::build::{Artifacts, BuildOptions, BuildReport, DEFAULT_SPAN_KIB, Indexing, index_image, is_span_kib};
 use crate::source::{ImageRef, ResolvedImage};
 use crate::units::Platform;
 
@@ -71,7 +71,7 @@ pub(super) struct BuildArgs {
 
 fn span_kib(text: &str) -> Result<u64, String> {
     match text.parse::<u64>() {
-        Ok(n) if n.is_multiple_of(64) && (64..=16384).contains(&n) => Ok(n),
+        Ok(n) if is_span_kib(n) => Ok(n),
         _ => Err("write a multiple of 64 from 64 to 16384".into()),
     }
 }
