@@ -1,21 +1,11 @@
-//! The side work of indexing: SHA-256 of both sides and of every span, and thin windows.
-//!
-//! All of it follows the bytes and nothing waits for it, so it runs on a thread beside inflate, over a bounded queue.
-//! On a single CPU, or where no thread can be had, it runs inline.
-
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::thread::JoinHandle;
+//! The side work of indexing: SHA-256 of both sides and of every span, and thin windows. Nothing waits for its results, so
+//! that it can be done elsewhere ([`super::side_work`]).
 
 use sha2::{Digest as _, Sha256};
 
 use super::twin::Twin;
 use super::window::{GROUP, Marker, Packer, Sparse};
 use crate::units::Digest;
-
-/// Bytes per buffer: small enough for the second-level cache, which inflate and both hashes share.
-pub(super) const BUFFER: usize = 256 << 10;
-/// Buffers in the queue: with [`BUFFER`], what one indexer holds beside its table.
-const QUEUE: usize = 8;
 
 /// A piece of side work, in stream order.
 pub(super) enum Job {
@@ -41,8 +31,9 @@ pub(super) struct Digests {
     pub(super) places: Vec<(u64, u32)>,
 }
 
+/// Does the jobs, in the order in which they come.
 #[derive(Default)]
-struct Digester {
+pub(super) struct Digester {
     stored: Sha256,
     /// Of the uncompressed blob, and of the open span.
     plain: Twin,
@@ -52,7 +43,7 @@ struct Digester {
 
 impl Digester {
     /// Does the job and gives its buffer back.
-    fn run(&mut self, job: Job) -> Option<Vec<u8>> {
+    pub(super) fn run(&mut self, job: Job) -> Option<Vec<u8>> {
         match job {
             Job::Stored(buffer) => {
                 self.stored.update(&buffer);
@@ -75,7 +66,8 @@ impl Digester {
         }
     }
 
-    fn finish(mut self) -> Digests {
+    /// After the last job.
+    pub(super) fn finish(mut self) -> Digests {
         self.windows.close();
         Digests {
             stored: Digest(self.stored.finalize().into()),
@@ -133,120 +125,5 @@ impl Windows {
         }
         self.packed.extend_from_slice(&packed);
         self.group.clear();
-    }
-}
-
-/// Where the side work is done.
-pub(super) enum SideWork {
-    Inline(Box<Inline>),
-    Thread(Helper),
-}
-
-/// Side work on a thread of its own, which ends with this.
-pub(super) struct Helper {
-    /// `None`, like `thread`, once it is to end.
-    jobs: Option<SyncSender<Job>>,
-    returned: Receiver<Vec<u8>>,
-    thread: Option<JoinHandle<Digests>>,
-}
-
-impl Helper {
-    /// Waits until all jobs are done; `None` if the thread has panicked.
-    fn finish(&mut self) -> Option<Digests> {
-        drop(self.jobs.take());
-        self.thread.take()?.join().ok()
-    }
-}
-
-impl Drop for Helper {
-    fn drop(&mut self) {
-        // An index that is given up leaves no thread behind: what is in the queue takes milliseconds.
-        self.finish();
-    }
-}
-
-/// Side work on the caller's own thread.
-pub(super) struct Inline {
-    digester: Digester,
-    spare: Vec<Vec<u8>>,
-}
-
-impl SideWork {
-    pub(super) fn start() -> Self {
-        let inline = || Self::Inline(Box::new(Inline { digester: Digester::default(), spare: Vec::new() }));
-        if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
-            return inline();
-        }
-        let (jobs, inbox) = sync_channel::<Job>(QUEUE);
-        let (back, returned) = channel();
-        match std::thread::Builder::new().name("index-digests".into()).spawn(move || work(inbox, back)) {
-            Ok(thread) => Self::Thread(Helper { jobs: Some(jobs), returned, thread: Some(thread) }),
-            Err(_) => inline(),
-        }
-    }
-
-    /// A buffer: one that came back, or a new one. Its content is arbitrary.
-    pub(super) fn buffer(&mut self) -> Vec<u8> {
-        match self {
-            Self::Inline(inline) => inline.spare.pop(),
-            Self::Thread(helper) => helper.returned.try_recv().ok(),
-        }
-        .unwrap_or_default()
-    }
-
-    /// Hands a job over; waits while the queue is full.
-    pub(super) fn hand(&mut self, job: Job) {
-        match self {
-            Self::Inline(inline) => {
-                let back = inline.digester.run(job);
-                inline.spare.extend(back);
-            }
-            // A thread that is gone has panicked: `finish` says so.
-            Self::Thread(helper) => drop(helper.jobs.as_ref().map(|jobs| jobs.send(job))),
-        }
-    }
-
-    /// Waits for the rest; `None` if the thread has panicked.
-    pub(super) fn finish(self) -> Option<Digests> {
-        match self {
-            Self::Inline(inline) => Some(inline.digester.finish()),
-            Self::Thread(mut helper) => helper.finish(),
-        }
-    }
-}
-
-fn work(inbox: Receiver<Job>, back: Sender<Vec<u8>>) -> Digests {
-    let mut digester = Digester::default();
-    for job in inbox {
-        if let Some(buffer) = digester.run(job) {
-            // The indexer may be gone already; then nobody needs the buffer.
-            let _ = back.send(buffer);
-        }
-    }
-    digester.finish()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
-
-    use super::*;
-
-    #[test]
-    fn an_index_that_is_given_up_leaves_no_thread_behind() {
-        let (jobs, inbox) = sync_channel::<Job>(QUEUE);
-        let (back, returned) = channel();
-        let ended = Arc::new(AtomicBool::new(false));
-        let says = ended.clone();
-        let thread = std::thread::spawn(move || {
-            let digests = work(inbox, back);
-            says.store(true, Ordering::SeqCst);
-            digests
-        });
-        let mut side = SideWork::Thread(Helper { jobs: Some(jobs), returned, thread: Some(thread) });
-        side.hand(Job::Stored(vec![0; BUFFER]));
-        drop(side);
-        assert!(ended.load(Ordering::SeqCst));
     }
 }

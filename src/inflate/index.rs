@@ -14,7 +14,7 @@ const FOLLOWS_MAX: usize = 4 * WINDOW;
 /// Walks a compressed blob once: uncompressed bytes out, table at the end. Memory is flat in the blob's length but for
 /// the table (about 100 bytes and a window of one or two KiB per span).
 ///
-/// Hashes run on a thread of their own where there is more than one CPU; the bytes themselves are made on the caller's.
+/// Hashes run on a thread of their own while there are more CPUs than indexers; the bytes themselves are made on the caller's.
 /// After an error the indexer is of no use any more.
 pub struct Indexer {
     compression: Compression,

@@ -21,6 +21,7 @@
 mod digests;
 mod index;
 mod resume;
+mod side_work;
 mod track;
 mod twin;
 pub mod window;

@@ -1,6 +1,7 @@
 //! Where the uncompressed bytes of an index run go: into buffers, cut into spans.
 
-use super::digests::{BUFFER, Job, SideWork};
+use super::digests::Job;
+use super::side_work::{BUFFER, SideWork};
 use super::{InflateError, MAX_SPAN, Sink};
 use crate::archive::{BlobTable, Span};
 use crate::units::{Compression, Digest};

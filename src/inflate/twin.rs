@@ -148,6 +148,8 @@ mod x86 {
 
     /// The working variables as the instructions want them: ABEF and CDGH.
     type State = (__m128i, __m128i);
+    /// The last 16 words of a message schedule, four to a vector.
+    type Words = [__m128i; 4];
 
     /// Steps both digests through their blocks, round by round in turn.
     #[target_feature(enable = "sha,sse4.1,ssse3")]
@@ -156,12 +158,21 @@ mod x86 {
         for (block_x, block_y) in of_a.iter().zip(of_b) {
             let (before_x, before_y) = (x, y);
             let (mut w, mut v) = (words(block_x), words(block_y));
-            for four in 0..16 {
-                if four >= 4 {
-                    schedule(&mut w, four);
-                    schedule(&mut v, four);
-                }
-                rounds(&mut x, &mut y, w[four % 4], v[four % 4], four);
+            let ([first, more @ ..], []) = K.as_chunks::<16>() else { return };
+            rounds::<0>(&mut x, &mut y, &w, &v, first);
+            rounds::<1>(&mut x, &mut y, &w, &v, first);
+            rounds::<2>(&mut x, &mut y, &w, &v, first);
+            rounds::<3>(&mut x, &mut y, &w, &v, first);
+            // Every index is a constant, so that the words stay in registers: from memory, each waits for its own store.
+            for k in more {
+                schedule::<0>(&mut w, &mut v);
+                rounds::<0>(&mut x, &mut y, &w, &v, k);
+                schedule::<1>(&mut w, &mut v);
+                rounds::<1>(&mut x, &mut y, &w, &v, k);
+                schedule::<2>(&mut w, &mut v);
+                rounds::<2>(&mut x, &mut y, &w, &v, k);
+                schedule::<3>(&mut w, &mut v);
+                rounds::<3>(&mut x, &mut y, &w, &v, k);
             }
             x = (_mm_add_epi32(x.0, before_x.0), _mm_add_epi32(x.1, before_x.1));
             y = (_mm_add_epi32(y.0, before_y.0), _mm_add_epi32(y.1, before_y.1));
@@ -169,31 +180,33 @@ mod x86 {
         (*a, *b) = (store(x), store(y));
     }
 
-    /// Four rounds of each.
+    /// Four rounds of each: numbers `4 * N` and on of sixteen.
     #[inline]
     #[target_feature(enable = "sha,sse4.1,ssse3")]
-    fn rounds(x: &mut State, y: &mut State, w: __m128i, v: __m128i, four: usize) {
-        let k = four_words(K[4 * four], K[4 * four + 1], K[4 * four + 2], K[4 * four + 3]);
-        let (w, v) = (_mm_add_epi32(w, k), _mm_add_epi32(v, k));
+    fn rounds<const N: usize>(x: &mut State, y: &mut State, w: &Words, v: &Words, k: &[u32; 16]) {
+        let k = four_words(k[4 * N], k[4 * N + 1], k[4 * N + 2], k[4 * N + 3]);
+        let (w, v) = (_mm_add_epi32(w[N], k), _mm_add_epi32(v[N], k));
         x.1 = _mm_sha256rnds2_epu32(x.1, x.0, w);
         y.1 = _mm_sha256rnds2_epu32(y.1, y.0, v);
         x.0 = _mm_sha256rnds2_epu32(x.0, x.1, _mm_shuffle_epi32(w, 0x0E));
         y.0 = _mm_sha256rnds2_epu32(y.0, y.1, _mm_shuffle_epi32(v, 0x0E));
     }
 
-    /// The next four words of the message schedule, in place of the oldest.
+    /// The next four words of both message schedules, in place of the oldest.
     #[inline]
     #[target_feature(enable = "sha,sse4.1,ssse3")]
-    fn schedule(w: &mut [__m128i; 4], four: usize) {
-        let (a, b, c, d) = (w[four % 4], w[(four + 1) % 4], w[(four + 2) % 4], w[(four + 3) % 4]);
-        let sum = _mm_add_epi32(_mm_sha256msg1_epu32(a, b), _mm_alignr_epi8(d, c, 4));
-        w[four % 4] = _mm_sha256msg2_epu32(sum, d);
+    fn schedule<const N: usize>(w: &mut Words, v: &mut Words) {
+        for words in [w, v] {
+            let (a, b, c, d) = (words[N], words[(N + 1) % 4], words[(N + 2) % 4], words[(N + 3) % 4]);
+            let sum = _mm_add_epi32(_mm_sha256msg1_epu32(a, b), _mm_alignr_epi8(d, c, 4));
+            words[N] = _mm_sha256msg2_epu32(sum, d);
+        }
     }
 
     /// The 16 words of a block, which are big-endian.
     #[inline]
     #[target_feature(enable = "sse2,ssse3")]
-    fn words(block: &[u8; BLOCK]) -> [__m128i; 4] {
+    fn words(block: &[u8; BLOCK]) -> Words {
         let (pairs, _) = block.as_chunks::<8>();
         [
             two_pairs(pairs[0], pairs[1]),
