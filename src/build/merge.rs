@@ -16,6 +16,7 @@
 //! Two rules are ours, where unpackers depend on the order of entries or give up: a whiteout below a symlink that the layer itself replaces
 //! hides nothing (the directory is new), and a file of a lower layer that is used as a parent gives way to a directory.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::tar::{EntryKind, MAX_PATH, TarEntry, show};
@@ -177,18 +178,22 @@ impl Merger {
     }
 
     /// Applies the next layer. `blob` is what its files' offsets refer to. After an error the merger is not to be used again.
-    pub fn apply(&mut self, blob: BlobIx, entries: impl IntoIterator<Item = TarEntry>) -> Result<(), MergeError> {
+    pub fn apply(&mut self, blob: BlobIx, mut entries: Vec<TarEntry>) -> Result<(), MergeError> {
         self.layer += 1;
-        let mut plain: Vec<TarEntry> = Vec::new();
-        let mut whiteouts: Vec<Box<[u8]>> = Vec::new();
-        for entry in entries {
-            match whiteout(&entry.path)? {
-                Some(_) => whiteouts.push(entry.path),
-                None => plain.push(entry),
+        let mut refused = None;
+        let is_whiteout = |entry: &mut TarEntry| match whiteout(&entry.path) {
+            Ok(found) => found.is_some(),
+            Err(error) => {
+                refused.get_or_insert(error);
+                false
             }
+        };
+        let whiteouts: Vec<TarEntry> = entries.extract_if(.., is_whiteout).collect();
+        if let Some(error) = refused {
+            return Err(error);
         }
-        let hidden = self.apply_whiteouts(&whiteouts, &plain)?;
-        for (i, entry) in plain.into_iter().enumerate() {
+        let hidden = self.apply_whiteouts(&whiteouts, &entries)?;
+        for (i, entry) in entries.into_iter().enumerate() {
             self.add(blob, entry, hidden.get(&i).copied())?;
         }
         self.settle_links()?;
@@ -199,7 +204,7 @@ impl Merger {
     /// Hides what the whiteouts name; answers what the hard links (by position) named before.
     fn apply_whiteouts(
         &mut self,
-        whiteouts: &[Box<[u8]>],
+        whiteouts: &[TarEntry],
         plain: &[TarEntry],
     ) -> Result<HashMap<usize, Ino>, MergeError> {
         let mut hidden = HashMap::new();
@@ -211,8 +216,10 @@ impl Merger {
                 hidden.insert(i, ino);
             }
         }
-        let own: HashSet<&[u8]> = plain.iter().map(|e| &*e.path).collect();
-        for path in whiteouts {
+        // Made once a symlink is on the way of a whiteout, which is rare.
+        let paths: OnceCell<HashSet<&[u8]>> = OnceCell::new();
+        let own = |path: &[u8]| paths.get_or_init(|| plain.iter().map(|e| &*e.path).collect()).contains(path);
+        for TarEntry { path, .. } in whiteouts {
             let (parent, _) = split(path);
             let Some(place) = self.walk(path, parent, None, Some(&own))? else { continue };
             match whiteout(path)? {
@@ -391,14 +398,14 @@ impl Merger {
     }
 
     /// Goes to a directory, following symlinks inside the image. `make`: missing directories are made, with that time; else
-    /// `None` says that there is no such directory. `own`: paths that the layer at hand writes itself; a symlink among them
+    /// `None` says that there is no such directory. `own`: whether the layer at hand writes a path itself; a symlink of such a path
     /// will be gone, so there is nothing behind it. `path` is for messages.
     fn walk(
         &mut self,
         path: &[u8],
         dir: &[u8],
         make: Option<Timestamp>,
-        own: Option<&HashSet<&[u8]>>,
+        own: Option<&dyn Fn(&[u8]) -> bool>,
     ) -> Result<Option<Place>, MergeError> {
         let mut rest = std::borrow::Cow::Borrowed(dir);
         let mut at = 0;
@@ -445,7 +452,7 @@ impl Merger {
                     if let Some(own) = own {
                         let slash = if here.is_empty() { &b""[..] } else { b"/" };
                         let at = [&here[..], slash, part].concat();
-                        if own.contains(&at[..]) {
+                        if own(&at) {
                             return Ok(None);
                         }
                     }

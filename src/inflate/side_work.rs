@@ -14,8 +14,7 @@ pub(super) const BUFFER: usize = 256 << 10;
 /// Jobs in the queue: with [`BUFFER`], what one run holds beside its table.
 const QUEUE: usize = 8;
 
-static CPUS: LazyLock<Cpus> =
-    LazyLock::new(|| Cpus::new(std::thread::available_parallelism().map_or(1, usize::from)));
+static CPUS: LazyLock<Cpus> = LazyLock::new(|| Cpus::new(std::thread::available_parallelism().map_or(1, usize::from)));
 
 /// Shares the CPUs out between the runs of this process.
 struct Cpus {
@@ -82,12 +81,14 @@ impl SideWork {
         Self { cpus, helped: false, place: Place::Here(Box::default()), spare: Vec::new() }
     }
 
-    /// A buffer: one that came back, or a new one. Its content is arbitrary.
+    /// A buffer: one that came back, or a new one. Its content is arbitrary. Of a helper's, the one that came back first: the later
+    /// ones still lie in the cache of the CPU that read them.
     pub(super) fn buffer(&mut self) -> Vec<u8> {
-        if let Place::Helper(helper) = &self.place {
-            self.spare.extend(helper.returned.try_iter());
-        }
-        self.spare.pop().unwrap_or_default()
+        let returned = match &self.place {
+            Place::Helper(helper) => helper.returned.try_recv().ok(),
+            _ => None,
+        };
+        returned.or_else(|| self.spare.pop()).unwrap_or_default()
     }
 
     /// Does the job, or hands it over; waits while the queue is full.

@@ -65,7 +65,7 @@ fn is_whiteout(entry: &TarEntry) -> bool {
 fn merge(layers: &[Layer]) -> std::result::Result<Names, String> {
     let mut merger = Merger::new();
     for (blob, layer) in layers.iter().enumerate() {
-        merger.apply(BlobIx(blob as u16), layer.iter().cloned()).map_err(|error| error.to_string())?;
+        merger.apply(BlobIx(blob as u16), layer.clone()).map_err(|error| error.to_string())?;
     }
     let mut names = Vec::new();
     merger.finish("", &mut |path, entry| names.push((path, entry)));

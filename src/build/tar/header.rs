@@ -36,10 +36,10 @@ enum Dialect {
 impl Raw {
     /// Reads a header; checks its checksum.
     pub fn parse(block: &Block) -> Result<Self, String> {
-        let declared = number(&block[148..156]).ok_or("its checksum field is not a number")?;
-        let (unsigned, signed) = checksums(block);
+        let declared = number(&block[CHECKSUM]).ok_or("its checksum field is not a number")?;
+        let unsigned = checksum(block);
         // Old tars summed signed bytes.
-        if declared != unsigned && declared != signed {
+        if declared != unsigned && declared != unsigned - negative(block) {
             return Err(format!("its checksum is {declared}, {unsigned} would be right: not a tar, or damaged"));
         }
         let dialect = match (&block[257..263], &block[263..265]) {
@@ -102,15 +102,20 @@ impl Raw {
     }
 }
 
-/// Sums of all bytes, unsigned and signed, the checksum field taken as spaces.
-fn checksums(block: &Block) -> (i64, i64) {
-    let mut sums = (0, 0);
-    for (i, byte) in block.iter().enumerate() {
-        let byte = if (148..156).contains(&i) { b' ' } else { *byte };
-        sums.0 += i64::from(byte);
-        sums.1 += i64::from(byte as i8);
-    }
-    sums
+/// Where the checksum stands, which is summed as spaces.
+const CHECKSUM: std::ops::Range<usize> = 148..156;
+
+/// Sum of all bytes, taken as unsigned. 32 bits, so that the compiler takes many at once.
+fn checksum(block: &Block) -> i64 {
+    let sum = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+    let spaces = CHECKSUM.len() as u32 * u32::from(b' ');
+    i64::from(sum(block) - sum(&block[CHECKSUM]) + spaces)
+}
+
+/// By how much the sum of signed bytes is less.
+fn negative(block: &Block) -> i64 {
+    let count = |bytes: &[u8]| bytes.iter().filter(|byte| **byte > 127).count();
+    256 * (count(block) - count(&block[CHECKSUM])) as i64
 }
 
 /// A field's text, up to its first NUL.
@@ -120,6 +125,20 @@ fn text(field: &[u8]) -> Vec<u8> {
 
 /// A numeric field: octal with spaces or NULs around it (empty is 0), or base-256 with the top bit set.
 pub(super) fn number(field: &[u8]) -> Option<i64> {
+    plain_octal(field).or_else(|| any_number(field))
+}
+
+/// What nearly every field is: octal digits up to the last byte, which ends them. `None`: to be looked at closely.
+fn plain_octal(field: &[u8]) -> Option<i64> {
+    let (0 | b' ', digits) = field.split_last()? else { return None };
+    if digits.is_empty() || digits.len() > 20 {
+        return None;
+    }
+    let add = |value: i64, digit: &u8| (digit & !7 == b'0').then_some(value << 3 | i64::from(digit & 7));
+    digits.iter().try_fold(0, add)
+}
+
+fn any_number(field: &[u8]) -> Option<i64> {
     let first = *field.first()?;
     if first & 0x80 != 0 {
         let negative = first & 0x40 != 0;
@@ -160,5 +179,29 @@ pub(in super::super) fn device(major: i64, minor: i64) -> Result<u32, String> {
             Ok((minor & 0xff) | major << 8 | (minor & !0xff) << 12)
         }
         _ => Err(format!("device {major}:{minor} is beyond what Linux numbers")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_quick_way_to_a_number_is_the_careful_one(field in prop::collection::vec(prop::sample::select(&b"01234567 \0\x808"[..]), 0..13)) {
+            if let Some(value) = plain_octal(&field) {
+                prop_assert_eq!(any_number(&field), Some(value));
+            }
+        }
+
+        #[test]
+        fn checksums_are_sums_of_unsigned_and_of_signed_bytes(bytes in prop::collection::vec(any::<u8>(), BLOCK)) {
+            let block: &Block = bytes.as_slice().try_into().unwrap();
+            let with_spaces = bytes.iter().enumerate().map(|(i, byte)| if CHECKSUM.contains(&i) { b' ' } else { *byte });
+            prop_assert_eq!(checksum(block), with_spaces.clone().map(i64::from).sum::<i64>());
+            prop_assert_eq!(checksum(block) - negative(block), with_spaces.map(|byte| i64::from(byte as i8)).sum::<i64>());
+        }
     }
 }
