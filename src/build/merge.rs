@@ -138,6 +138,9 @@ impl Default for Merger {
     }
 }
 
+/// Whether the layer at hand writes a path itself.
+type Own<'a> = &'a dyn Fn(&[u8]) -> bool;
+
 /// What a whiteout's name says.
 enum Whiteout<'a> {
     Hide(&'a [u8]),
@@ -398,14 +401,14 @@ impl Merger {
     }
 
     /// Goes to a directory, following symlinks inside the image. `make`: missing directories are made, with that time; else
-    /// `None` says that there is no such directory. `own`: whether the layer at hand writes a path itself; a symlink of such a path
+    /// `None` says that there is no such directory. `own`: a symlink at a path of the layer at hand
     /// will be gone, so there is nothing behind it. `path` is for messages.
     fn walk(
         &mut self,
         path: &[u8],
         dir: &[u8],
         make: Option<Timestamp>,
-        own: Option<&dyn Fn(&[u8]) -> bool>,
+        own: Option<Own<'_>>,
     ) -> Result<Option<Place>, MergeError> {
         let mut rest = std::borrow::Cow::Borrowed(dir);
         let mut at = 0;

@@ -114,8 +114,8 @@ pub struct Filled {
 pub trait SpanFiller: Send + Sync + std::fmt::Debug {
     /// All spans of `spans`, in order, verified where that is possible; a span that fails its digest is an error.
     async fn fill(&self, spans: Range<u32>) -> Result<Vec<Filled>, CacheError>;
-    /// Sends the spans of a long run one by one, in order, so that it need not fit in memory; stops when the
-    /// receiver is gone. Only called for spans of one [`SpanFiller::run`].
+    /// Sends the spans one by one, in order, up to the first that fails, so that they need not fit in memory; stops when the
+    /// receiver is gone.
     async fn fill_each(&self, spans: Range<u32>, sink: mpsc::Sender<Filled>) -> Result<(), CacheError> {
         for filled in self.fill(spans).await? {
             if sink.send(filled).await.is_err() {

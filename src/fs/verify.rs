@@ -2,6 +2,7 @@
 //!
 //! Reads past the cache: what is checked is what the sources hold now.
 
+mod spans;
 mod stored;
 
 use std::collections::HashMap;
@@ -10,22 +11,19 @@ use std::sync::Arc;
 
 use futures::TryStreamExt as _;
 
+use self::spans::check_spans;
 use self::stored::Stored;
 use super::legacy::{CRC_LEN, FileCheck, FileRange, WholeFileFiller};
 use super::parts::{Part, Proof};
 use super::{OpenError, Opened};
 use crate::archive::{BlobTable, Data, HEADER_LEN, Kind, NodeId, Storage};
-use crate::cache::fill::TableFiller;
-use crate::cache::{CacheError, SpanFiller as _};
+use crate::cache::CacheError;
 use crate::inflate::Indexer;
 use crate::source::BlobSource;
 use crate::units::{Compression, Digest};
 
 /// Problems that are told in full; more are counted.
 const MAX_PROBLEMS: usize = 100;
-
-/// Spans that are asked for at once, when every byte of a blob is read.
-const SPANS_AT_ONCE: u32 = 8;
 
 /// What a check found.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -166,73 +164,6 @@ fn check_claim(opened: &Opened, layer: Digest, diff_id: Digest, out: &mut Verifi
     {
         out.problem(format!("layer {layer}: its uncompressed content is {diff_id}, the archive says {claim}"));
     }
-}
-
-async fn check_spans(
-    table: &Arc<BlobTable>,
-    source: &Arc<dyn BlobSource>,
-    stored: Option<Arc<Stored>>,
-    mut checks: FileChecks<'_>,
-    progress: &(dyn Fn(u64) + Send + Sync),
-    out: &mut Verified,
-) -> Result<(), CacheError> {
-    let source = stored.as_ref().map_or_else(|| Arc::clone(source), |stored| Arc::clone(stored) as Arc<dyn BlobSource>);
-    let problems = out.problem_count;
-    let filler = TableFiller { source, table: Arc::clone(table) };
-    let count = u32::try_from(table.spans.len()).unwrap_or(u32::MAX);
-    let mut next = 0;
-    while next < count {
-        let group = next..count.min(next + SPANS_AT_ONCE);
-        // After a failure each span alone, so that one bad span is one problem.
-        let singles = match filler.fill(group.clone()).await {
-            Ok(filled) => {
-                for span in filled {
-                    checks.push(&span.bytes);
-                    out.verified_bytes += span.bytes.len() as u64;
-                    progress(span.bytes.len() as u64);
-                }
-                0..0
-            }
-            Err(CacheError::Corrupt { .. } | CacheError::Source(crate::source::SourceError::Corrupt { .. })) => {
-                group.clone()
-            }
-            Err(other) => return Err(other),
-        };
-        for ix in singles {
-            let bounds = table.bounds(crate::archive::SpanIx(ix));
-            match filler.fill(ix..ix + 1).await {
-                Ok(filled) => {
-                    for span in filled {
-                        checks.push(&span.bytes);
-                        out.verified_bytes += span.bytes.len() as u64;
-                    }
-                }
-                Err(
-                    error @ (CacheError::Corrupt { .. }
-                    | CacheError::Source(crate::source::SourceError::Corrupt { .. })),
-                ) => {
-                    out.problem(error.to_string());
-                    checks.skip(bounds.end - bounds.start);
-                }
-                Err(other) => return Err(other),
-            }
-            progress(bounds.end - bounds.start);
-        }
-        next = group.end;
-        if let Some(stored) = &stored {
-            stored.fill_gaps().await?;
-        }
-    }
-    checks.report(out);
-    if let Some(stored) = stored {
-        let digest = stored.finish().await?;
-        // Spans that are wrong have been told.
-        if digest != Some(table.digest) && out.problem_count == problems {
-            let content = digest.map_or_else(|| format!("not {} bytes long", table.clen), |digest| digest.to_string());
-            out.problem(format!("{} is {content}: bytes between its spans differ", filler.source.describe()));
-        }
-    }
-    Ok(())
 }
 
 async fn stream_layer<'a>(
