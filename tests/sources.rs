@@ -608,6 +608,29 @@ async fn mirrors_are_asked_first_and_the_origin_when_they_fail() {
     assert_eq!((origin.seen().len(), empty.seen().len()), (1, 1));
 }
 
+/// A pull secret may hold the mirror's login alone.
+#[tokio::test]
+async fn what_only_a_login_at_the_mirror_opens_is_private() {
+    needs!("docker-registry");
+    let (origin, mirror) = (Registry::start_with_login(), Registry::start_with_login());
+    let made = TestImage::of_layer(noise(1000, 19));
+    mirror.push("team/app", "v1", &made).await;
+    let entry = |mirrors: Vec<String>| RegistryEntry { plain_http: true, mirrors, ..Default::default() };
+    let registries =
+        [(origin.host().to_owned(), entry(vec![mirror.host().to_owned()])), (mirror.host().to_owned(), entry(vec![]))];
+    let sources = sources(false, SourceConfig { registries: registries.into(), ..Default::default() });
+    let reference = image(&origin.image("team/app", "v1"));
+    let secret = login(mirror.host(), USER, PASSWORD, "a");
+
+    let stranger = Credentials::default();
+    assert_eq!(sources.resolve(&reference, &amd64(), &stranger).await.unwrap_err().kind(), "denied");
+    let resolved = sources.resolve(&reference, &amd64(), &secret).await.unwrap();
+    assert!(matches!(resolved.scope, Scope::Private(_)), "{:?}", resolved.scope);
+    let location = blob(origin.host(), Digest::of(&made.layers[0].1));
+    assert_eq!(sources.scope(&location, &secret).await.unwrap(), resolved.scope);
+    assert_eq!(sources.scope(&location, &stranger).await.unwrap_err().kind(), "denied");
+}
+
 #[tokio::test]
 async fn unconfigured_loopback_registries_are_for_the_shell() {
     let data = Bytes::from_static(b"0123456789");

@@ -222,14 +222,13 @@ impl Registries {
         }
         let authority = origin.authority.clone();
         endpoints.push(origin);
+        // A mirror's login counts as the origin's does: what it opened is not there for all.
         let (mut sessions, mut identity) = (Vec::new(), None);
         for endpoint in endpoints {
             inner.http.check(&name, &endpoint.base)?;
             let found = inner.login(&endpoint, repository, credentials).await?;
             let (login, whose) = found.map_or((None, None), |(login, whose)| (Some(login), Some(whose)));
-            if !endpoint.mirror {
-                identity = whose;
-            }
+            identity = whose_word(identity, whose);
             let slot = inner.slot(whose, &endpoint.authority, repository, login);
             sessions.push(Session {
                 endpoint: Arc::new(endpoint),
@@ -304,7 +303,7 @@ impl Inner {
         let what = file.display().to_string();
         let json = blocking(&what, move || read_config(&file)).await?;
         let login = login_for(&json, &endpoint.authority, repository, self.trusted, &what).await?;
-        Ok(login.map(|login| (login, Digest::of(b"node"))))
+        Ok(login.map(|login| (login, node_identity())))
     }
 
     /// The slot that all sources of one identity share; the newest login is everybody's.
@@ -332,6 +331,20 @@ impl Inner {
     fn mark_down(&self, mirror: &str) {
         let until = Instant::now() + MIRROR_PAUSE;
         self.mirrors_down.lock().unwrap_or_else(PoisonError::into_inner).insert(mirror.to_owned(), until);
+    }
+}
+
+/// Whose the configured logins are.
+fn node_identity() -> Digest {
+    Digest::of(b"node")
+}
+
+/// Of the identities of two endpoints' logins, the one that answers for both: a volume's own before the node's, else the later one, as
+/// the origin comes last.
+fn whose_word(before: Option<Digest>, after: Option<Digest>) -> Option<Digest> {
+    match (before, after) {
+        (Some(volume), Some(node)) if node == node_identity() => Some(volume),
+        (before, after) => after.or(before),
     }
 }
 
@@ -398,8 +411,11 @@ impl Access {
         Ok(Session { actions, ..session })
     }
 
+    /// Of all logins.
     fn fingerprint(&self) -> Option<Digest> {
-        self.sessions.last()?.slot.get().map(|login| login.fingerprint())
+        let logins = self.sessions.iter().filter_map(|session| session.slot.get());
+        let all: Vec<u8> = logins.flat_map(|login| login.fingerprint().0).collect();
+        (!all.is_empty()).then(|| Digest::of(&all))
     }
 
     /// Tries each endpoint in order; the origin's failure is the one that counts.

@@ -94,7 +94,8 @@ async fn each(
     mut take: impl FnMut(&[u8]),
 ) -> Result<(), CacheError> {
     let (sink, mut source) = mpsc::channel::<Filled>(1);
-    let taken = async {
+    // Owns the receiver: where it fails, the filler can't send any more and stops.
+    let taken = async move {
         while let Some(filled) = source.recv().await {
             take(&filled.bytes);
             // Nothing piles up behind bytes that no span needs.
