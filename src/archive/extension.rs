@@ -111,7 +111,8 @@ impl Extension {
                 Field::SeekDigest => digest = Some(parse(d)?),
                 Field::Bundle => out.bundle = d.bool()?,
                 Field::Manifest => out.manifest_digest = Some(parse(d)?),
-                Field::Platform => out.platform = Some(parse(d)?),
+                // Shown and not relied on: an odd one is none.
+                Field::Platform => out.platform = d.string()?.parse().ok(),
                 Field::Layout => out.layout = Some(d.string()?),
             }
         }

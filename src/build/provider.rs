@@ -229,7 +229,8 @@ impl Provider {
             Err(error) => return Err(error.into()),
         };
         let (manifest_digest, scope) = (image.manifest_digest, image.scope);
-        self.inner.refs.remember(&key, manifest_digest, scope, &request.credentials);
+        let named = (manifest_digest, image.platform.clone());
+        self.inner.refs.remember(&key, named, scope, &request.credentials);
         let made = self.job(image, request.version, request.credentials.clone()).await.map_err(BuildError::Shared)?;
         self.hand_out(made, manifest_digest, scope)
     }
@@ -283,7 +284,7 @@ impl Provider {
 
     /// The node's own archive of a reference that was resolved before.
     fn local(&self, record: &RefRecord, request: &Request) -> Option<Provided> {
-        let (path, pin) = self.find_local(&record.manifest_digest, &request.platform, request.version)?;
+        let (path, pin) = self.find_local(&record.manifest_digest, &record.platform, request.version)?;
         let location = Location::File(path);
         let (manifest_digest, scope) = (record.manifest_digest, record.scope_for(&request.credentials));
         Some(Provided { location, pin: Some(pin), manifest_digest, scope, from: "node" })

@@ -259,11 +259,14 @@ async fn finish(
     }
     let filled = |value: String, other: &str| if value.is_empty() { other.to_owned() } else { value };
     let variant = Some(named.variant).filter(|v| !v.is_empty());
-    let platform = Platform {
+    let stated = Platform {
         variant: variant.or_else(|| platform.variant.clone().filter(|_| named.architecture == platform.arch)),
         os: filled(named.os, &platform.os),
         arch: filled(named.architecture, &platform.arch),
     };
+    // Anything may stand there. What can't be written as os/arch/variant says no more than that the image was wanted for this one.
+    let readable = stated.to_string().parse().ok().filter(|read| *read == stated);
+    let platform = readable.unwrap_or_else(|| platform.clone());
     let mut layers = Vec::with_capacity(manifest.layers().len());
     for descriptor in manifest.layers() {
         let (digest, size) = (digest_of(&what, descriptor)?, descriptor.size());

@@ -271,3 +271,27 @@ pub fn tricky(compression: Compression) -> Vec<Layer> {
         .symlink("usr/dangling", "/nowhere/at/all");
     vec![lower, middle, upper]
 }
+
+/// Changes the configuration of a layout's one image; its new manifest.
+pub fn change_config(dir: &Path, change: impl FnOnce(&mut serde_json::Value)) -> Digest {
+    let read =
+        |path: std::path::PathBuf| serde_json::from_slice::<serde_json::Value>(&fs::read(path).unwrap()).unwrap();
+    let path = |digest: &serde_json::Value| {
+        dir.join("blobs/sha256").join(digest.as_str().unwrap().strip_prefix("sha256:").unwrap())
+    };
+    let put = |descriptor: &mut serde_json::Value, value: &serde_json::Value| {
+        let bytes = value.to_string();
+        let digest = Digest::of(bytes.as_bytes());
+        fs::write(dir.join("blobs/sha256").join(digest.hex()), &bytes).unwrap();
+        (descriptor["digest"], descriptor["size"]) = (json!(digest), json!(bytes.len()));
+        digest
+    };
+    let mut index = read(dir.join("index.json"));
+    let mut manifest = read(path(&index["manifests"][0]["digest"]));
+    let mut config = read(path(&manifest["config"]["digest"]));
+    change(&mut config);
+    put(&mut manifest["config"], &config);
+    let digest = put(&mut index["manifests"][0], &manifest);
+    fs::write(dir.join("index.json"), index.to_string()).unwrap();
+    digest
+}

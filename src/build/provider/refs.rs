@@ -23,6 +23,8 @@ const MAX_RECORD_BYTES: u64 = 64 << 10;
 #[serde(rename_all = "camelCase")]
 pub(super) struct RefRecord {
     pub(super) manifest_digest: Digest,
+    /// As the image states it: more exact, as a rule, than what was asked for. Archives are named by it.
+    pub(super) platform: Platform,
     public: bool,
     /// Scope digest per identity that the registry let in: `(identity, scope)`.
     admitted: BTreeSet<(Digest, Digest)>,
@@ -79,11 +81,23 @@ impl RefRecords {
     }
 
     /// Remembers a resolution that the registry just confirmed.
-    pub(super) fn remember(&self, key: &str, manifest_digest: Digest, scope: Scope, credentials: &Credentials) {
+    pub(super) fn remember(
+        &self,
+        key: &str,
+        (manifest_digest, platform): (Digest, Platform),
+        scope: Scope,
+        credentials: &Credentials,
+    ) {
         let mut record = self
             .load(key)
             .filter(|record| record.manifest_digest == manifest_digest && record.admitted.len() < MAX_IDENTITIES)
-            .unwrap_or(RefRecord { manifest_digest, public: false, admitted: BTreeSet::new() });
+            .unwrap_or(RefRecord {
+                manifest_digest,
+                platform: platform.clone(),
+                public: false,
+                admitted: BTreeSet::new(),
+            });
+        record.platform = platform;
         record.public = scope == Scope::Public;
         if let (Scope::Private(scope), Some(identity)) = (scope, credentials.identity) {
             record.admitted.insert((identity, scope));
@@ -114,7 +128,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let records = RefRecords::new(dir.path().to_owned());
         let (manifest, scope) = (Digest::of(b"m"), Scope::Private(Digest::of(b"scope")));
-        records.remember("k", manifest, scope, &who("alice"));
+        records.remember("k", (manifest, Platform::host()), scope, &who("alice"));
         let record = records.load("k").unwrap();
         assert!(record.admits(&who("alice")) && !record.admits(&who("bob")) && !record.admits(&Credentials::default()));
         assert_eq!(record.scope_for(&who("alice")), scope);
@@ -126,8 +140,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let records = RefRecords::new(dir.path().to_owned());
         let scope = Scope::Private(Digest::of(b"scope"));
-        records.remember("k", Digest::of(b"old"), scope, &who("alice"));
-        records.remember("k", Digest::of(b"new"), scope, &who("bob"));
+        records.remember("k", (Digest::of(b"old"), Platform::host()), scope, &who("alice"));
+        records.remember("k", (Digest::of(b"new"), Platform::host()), scope, &who("bob"));
         let record = records.load("k").unwrap();
         assert!(record.admits(&who("bob")) && !record.admits(&who("alice")));
     }
