@@ -4,6 +4,7 @@
 mod common;
 
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -194,6 +195,8 @@ async fn an_index_that_was_pushed_beside_its_image_is_pulled_and_used_by_nodes()
         clip_csi(&["pull", &image.reference, "-o", &image.path("pulled.clip")]);
         let bytes = std::fs::read(image.archive()).unwrap();
         assert_eq!(std::fs::read(image.path("pulled.clip")).unwrap(), bytes);
+        let mode = |name: &str| std::fs::metadata(image.path(name)).unwrap().permissions().mode();
+        assert_eq!(mode("pulled.clip"), mode("app.clip"), "as readable as one that was made here");
         let exact = format!("oci://{repository}@{}", artifact(&said));
         clip_csi(&["pull", &exact, "-o", &image.path("exact.clip")]);
         assert_eq!(std::fs::read(image.path("exact.clip")).unwrap(), bytes);
@@ -259,9 +262,16 @@ async fn an_index_of_other_layers_or_another_place_is_not_taken_for_the_images()
         let provided = node(place.host(), None).1.provide(&request(&image.reference)).await.unwrap();
         assert_eq!(provided.from, "built");
         assert!(lookups("rejected") > before);
-        fails(&["pull", &image.reference, "-o", &image.path("x.clip")], 1, &[]);
-        // The right one beside them is found all the same.
+        fails(&["pull", &image.reference, "-o", &image.path("x.clip")], 4, &["no archive lies beside"]);
+        // A good one among them, older than the others: it is found.
         clip_csi(&["push", &image.path("app.clip"), &format!("{}/app", place.host())]);
+        for file in [&broken, &other.archive()] {
+            let labels = Labels { created: Some(SystemTime::now() + Duration::from_secs(60)), ..labels.clone() };
+            repository.push(file, Version::V2, &labels, Some(&subject), Some("newer"), &|_| {}).await.unwrap();
+        }
+        clip_csi(&["pull", &image.reference, "-o", &image.path("good.clip")]);
+        assert_eq!(std::fs::read(image.path("good.clip")).unwrap(), std::fs::read(image.archive()).unwrap());
+        // For a node too.
         assert_eq!(node(place.host(), None).1.provide(&request(&image.reference)).await.unwrap().from, "referrer");
     })
     .await;

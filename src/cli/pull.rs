@@ -9,6 +9,7 @@ use super::args::SourceArgs;
 use super::bars::Bars;
 use super::{CliError, Global, human};
 use crate::archive::Version;
+use crate::build::BuildError;
 use crate::build::progress::Progress;
 use crate::build::store::{Facts, download};
 use crate::source::{Artifact, ArtifactRef, ImageRef, Repository, ResolvedImage, SourceError};
@@ -78,11 +79,11 @@ impl PullArgs {
     }
 }
 
-async fn fetch(place: &Repository, artifact: &Artifact, out: &Path, bars: &Bars) -> Result<(), CliError> {
+async fn fetch(place: &Repository, artifact: &Artifact, out: &Path, bars: &Bars) -> Result<(), BuildError> {
     let id = bars.begin(&format!("{}@{}", place.name(), artifact.blob), Some(artifact.size));
-    download(place, artifact, out, &|bytes| bars.advance(id, bytes)).await?;
+    let fetched = download(place, artifact, out, &|bytes| bars.advance(id, bytes)).await;
     bars.end(id);
-    Ok(())
+    fetched
 }
 
 /// The newest archive beside an image that is what it says: an index first, else an archive with its data.
@@ -98,12 +99,25 @@ async fn beside(
             let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
             let io = |e: std::io::Error| CliError::io(format!("writing {}", out.display()), &e);
             let fetched = tempfile::Builder::new().prefix(".clip-pull-").tempfile_in(dir).map_err(io)?.into_temp_path();
-            fetch(place, &artifact, &fetched, bars).await?;
-            let facts = Facts::of(&fetched).await?;
-            let objection = match version {
-                Version::V2 => facts.objection(image, registry, repository),
-                Version::V1 if facts.manifest == Some(image.manifest_digest) => None,
-                Version::V1 => Some("it was made of another manifest".into()),
+            let looked_at = async {
+                fetch(place, &artifact, &fetched, bars).await?;
+                let facts = Facts::of(&fetched).await?;
+                Ok(match version {
+                    Version::V2 => facts.objection(image, registry, repository),
+                    Version::V1 if facts.manifest == Some(image.manifest_digest) => None,
+                    Version::V1 => Some("it was made of another manifest".into()),
+                })
+            };
+            let objection = match looked_at.await {
+                Ok(objection) => objection,
+                // Damaged or gone: the next one may be whole. Anybody who may push can put one there.
+                Err(
+                    error @ (BuildError::Archive(_)
+                    | BuildError::Source(
+                        SourceError::NotFound { .. } | SourceError::Corrupt { .. } | SourceError::Invalid { .. },
+                    )),
+                ) => Some(error.to_string()),
+                Err(error) => return Err(error.into()),
             };
             match objection {
                 Some(why) => eprintln!("clip-csi: warning: {}@{} is not taken: {why}", place.name(), artifact.digest),

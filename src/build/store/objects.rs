@@ -1,6 +1,8 @@
 //! Archives as files or objects: the archive, when it was used, and the mark of its end are three objects.
 
+use std::fs::Permissions;
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -129,7 +131,9 @@ pub(super) async fn fetch(sources: &Sources, location: &Location, to: &Path) -> 
 /// A temporary file beside `to`.
 pub(super) fn temporary(to: &Path) -> Result<tempfile::NamedTempFile, BuildError> {
     let dir = to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    tempfile::NamedTempFile::new_in(dir).map_err(|e| BuildError::io(format!("writing {}", to.display()), &e))
+    // As readable as any file that is made: an archive is no secret of whoever fetched it. On a node the directory is closed.
+    let file = tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(dir);
+    file.map_err(|e| BuildError::io(format!("writing {}", to.display()), &e))
 }
 
 /// Makes a temporary file what is found at `to`.
