@@ -238,6 +238,32 @@ fn an_archive_is_listed_printed_unpacked_and_verified() {
     fails(&["extract", &archive, &f.path("out")], 1, &["not empty"]);
 }
 
+/// As in a rootless container: root, who may neither make devices nor give files to ids that do not exist there.
+#[test]
+fn extract_as_root_of_a_user_namespace_leaves_out_devices_and_owners_and_says_so() {
+    let root = ["unshare", "--user", "--map-root-user"];
+    let can = |args: &[&str]| Command::new(args[0]).args(&args[1..]).output().is_ok_and(|out| out.status.success());
+    let f = Fixture::new();
+    let (device, file) = (f.path("tree/null"), f.path("tree/etc/hello"));
+    if !can(&["mknod", &device, "c", "1", "3"])
+        || !can(&["chown", "1234:1234", &file])
+        || !can(&[&root[..], &["true"]].concat())
+    {
+        return skip::skipped_here("needs root, mknod and user namespaces");
+    }
+    fs::hard_link(&device, f.path("tree/other-name")).unwrap();
+    let archive = f.path("devices.clip");
+    succeeds(&["archive", &f.path("tree"), "-o", &archive]);
+    let mut command = Command::new(root[0]);
+    command.args(&root[1..]).arg(env!("CARGO_BIN_EXE_clip-csi")).args(["extract", &archive, &f.path("out")]);
+    let output = command.env("HOME", "/nonexistent").output().unwrap();
+    let text = stderr(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("2 device nodes were left out") && text.contains("1 names belong to you"), "{text}");
+    assert_eq!(fs::read(f.path("out/etc/hello")).unwrap(), fs::read(&file).unwrap());
+    assert!(fs::symlink_metadata(f.path("out/null")).is_err());
+}
+
 #[test]
 fn the_json_of_inspect_is_stable() {
     let f = Fixture::new();

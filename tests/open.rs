@@ -126,6 +126,30 @@ async fn extract_keeps_the_attributes_of_what_is_neither_file_nor_directory() {
     }
 }
 
+/// ext4 holds a file's attributes in one block and says that there is no space left; the kernel refuses capabilities that it can't read.
+#[tokio::test(flavor = "multi_thread")]
+async fn extract_leaves_attributes_out_that_do_not_fit_and_goes_on() {
+    let bench = Bench::new();
+    let layout = bench.path("layout");
+    let layer = Layer::new(Compression::Gzip)
+        .xattr("a", "user.long", &[b'x'; 20_000])
+        .xattr("b", "security.capability", b"none that the kernel knows")
+        .xattr("c", "user.short", b"kept")
+        .file("d", b"and what comes after them");
+    write_layout(&layout, vec![layer]);
+    let image = ImageRef::Layout { dir: layout, tag: Some("latest".into()) };
+    let image = bench.sources.resolve(&image, &Platform::host(), &Default::default()).await.unwrap();
+    let (archive, out) = (bench.path("v2.clip"), bench.path("out"));
+    index_image(&image, &archive, &BuildOptions::default(), &Silent).await.unwrap();
+    let opened = bench.open(FakeSource::new("the archive", std::fs::read(&archive).unwrap())).await.unwrap();
+    let extracted = extract(&opened.fs, &out, &|_| {}).await.unwrap();
+    assert_eq!(std::fs::read(out.join("d")).unwrap(), b"and what comes after them");
+    // How many that are hangs on the filesystem; the capability is never among the kept.
+    assert!(extracted.warnings.iter().any(|line| line.contains("extended attributes were left out")), "{extracted:?}");
+    let mut value = [0; 64];
+    assert!(rustix::fs::lgetxattr(out.join("b"), "security.capability", &mut value[..]).is_err());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn opening_fetches_the_index_only_and_a_read_little_more_than_its_span() {
     let bench = Bench::new();

@@ -4,13 +4,13 @@
 //! symlinks, no other filesystem), every name is created in such a descriptor. A symlink in the image is only ever
 //! written, never followed; so no image can reach outside of the destination.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags};
@@ -61,7 +61,7 @@ pub struct Extracted {
     pub names: u64,
     /// Bytes of file content written.
     pub bytes: u64,
-    /// What an unprivileged user can't write: owners, device nodes, attributes. One line each kind, with a count.
+    /// What this process or that filesystem can't write: owners, device nodes, attributes. One line each kind, with a count.
     pub warnings: Vec<String>,
 }
 
@@ -73,8 +73,12 @@ pub async fn extract(
     dest: &Path,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Extracted, ExtractError> {
-    let job =
-        Arc::new(Job { fs: fs.clone(), root: open_empty(dest)?, privileged: rustix::process::geteuid().is_root() });
+    let job = Arc::new(Job {
+        fs: fs.clone(),
+        root: open_empty(dest)?,
+        privileged: rustix::process::geteuid().is_root(),
+        left_out: Mutex::default(),
+    });
     let nodes = blocking(&job, Job::plan).await?;
     let mut out = Extracted { names: nodes.names, ..Extracted::default() };
     let mut warnings = Warnings::default();
@@ -95,7 +99,9 @@ pub async fn extract(
     warnings = blocking(&job, {
         let plan = Arc::clone(&plan);
         move |job| {
-            plan.links.iter().try_for_each(|(first, name)| job.link(*first, *name))?;
+            for (first, name) in &plan.links {
+                warnings.add(job.link(*first, *name)?);
+            }
             // Bottom up: what is created in a directory changes its times.
             for dir in plan.dirs.iter().rev().chain([&job.fs.root()]) {
                 warnings.add(job.finish_dir(*dir)?);
@@ -118,7 +124,7 @@ async fn blocking<T: Send + 'static>(
         .map_err(|e| ExtractError::Io { what: "extract".into(), source: io::Error::other(e) })?
 }
 
-/// What an unprivileged user can't do.
+/// What can't be done here and stops nothing: not by this user, in this user namespace, or on this filesystem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Warning {
     Owner,
@@ -135,9 +141,11 @@ impl Warnings {
     }
     fn lines(&self) -> Vec<String> {
         let text = |w: &Warning| match w {
-            Warning::Owner => "names belong to you instead of their owner (run as root to keep owners)",
-            Warning::Device => "device nodes were left out (run as root to create them)",
-            Warning::Xattr => "extended attributes were left out (not permitted or not supported there)",
+            Warning::Owner => {
+                "names belong to you instead of their owner (run as root, outside of user namespaces, to keep owners)"
+            }
+            Warning::Device => "device nodes were left out (run as root, with CAP_MKNOD, to create them)",
+            Warning::Xattr => "extended attributes were left out (not permitted there, not supported or too long)",
         };
         let mut lines: Vec<String> = self.0.iter().map(|(w, n)| format!("{n} {}", text(w))).collect();
         lines.sort();
@@ -161,6 +169,19 @@ struct Job {
     fs: ImageFs,
     root: OwnedFd,
     privileged: bool,
+    /// Names that could not be made: nor can their other names.
+    left_out: Mutex<HashSet<NodeId>>,
+}
+
+/// Owners that may not be given away, or that have no id in this user namespace.
+fn no_such_owner(error: Errno) -> bool {
+    matches!(error, Errno::PERM | Errno::INVAL)
+}
+
+/// Attributes that this user may not set (or only in another form), and those that the filesystem does not know or has no room for: on ext4 all of
+/// a file's have to fit into one block, which is no sign of a full disk.
+fn no_such_xattr(error: Errno) -> bool {
+    matches!(error, Errno::PERM | Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSPC | Errno::TOOBIG | Errno::RANGE)
 }
 
 fn open_empty(dest: &Path) -> Result<OwnedFd, ExtractError> {
@@ -254,11 +275,19 @@ impl Job {
         rustix::fs::mkdirat(self.parent(dir)?, name, Mode::RWXU).map_err(|e| self.failed("create", dir, e))
     }
 
-    fn link(&self, first: NodeId, node: NodeId) -> Result<(), ExtractError> {
+    fn left_out(&self) -> MutexGuard<'_, HashSet<NodeId>> {
+        self.left_out.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn link(&self, first: NodeId, node: NodeId) -> Result<Vec<Warning>, ExtractError> {
+        if self.left_out().contains(&first) {
+            return Ok(vec![Warning::Device]);
+        }
         let (from, to) = (self.parent(first)?, self.parent(node)?);
         let tree = self.fs.tree();
         let (old, new) = (OsStr::from_bytes(tree.name(first)), OsStr::from_bytes(tree.name(node)));
-        rustix::fs::linkat(from, old, to, new, AtFlags::empty()).map_err(|e| self.failed("link", node, e))
+        rustix::fs::linkat(from, old, to, new, AtFlags::empty()).map_err(|e| self.failed("link", node, e))?;
+        Ok(Vec::new())
     }
 
     /// Makes one name that is no directory; gives the bytes written.
@@ -319,7 +348,6 @@ impl Job {
             Kind::Symlink => rustix::fs::symlinkat(OsStr::from_bytes(tree.target(node)), &dir, name),
             Kind::Fifo => rustix::fs::mknodat(&dir, name, FileType::Fifo, Mode::empty(), 0),
             Kind::Socket => rustix::fs::mknodat(&dir, name, FileType::Socket, Mode::empty(), 0),
-            Kind::CharDevice | Kind::BlockDevice if !self.privileged => return Ok(vec![Warning::Device]),
             Kind::CharDevice => {
                 rustix::fs::mknodat(&dir, name, FileType::CharacterDevice, Mode::empty(), u64::from(attr.rdev))
             }
@@ -328,14 +356,16 @@ impl Job {
             }
             Kind::File | Kind::Dir => Ok(()),
         };
-        created.map_err(|e| self.failed("create", node, e))?;
-        let mut warnings = Vec::new();
-        if self.privileged {
-            rustix::fs::chownat(&dir, name, uid(attr.uid), gid(attr.gid), AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(|e| self.failed("change the owner of", node, e))?;
-        } else if attr.uid != rustix::process::geteuid().as_raw() {
-            warnings.push(Warning::Owner);
+        match (created, attr.kind) {
+            (Ok(()), _) => {}
+            (Err(Errno::PERM), Kind::CharDevice | Kind::BlockDevice) => {
+                self.left_out().insert(node);
+                return Ok(vec![Warning::Device]);
+            }
+            (Err(e), _) => return Err(self.failed("create", node, e)),
         }
+        let owner = || rustix::fs::chownat(&dir, name, uid(attr.uid), gid(attr.gid), AtFlags::SYMLINK_NOFOLLOW);
+        let mut warnings = self.give_away(node, attr, owner)?;
         if attr.kind != Kind::Symlink {
             // The node was made here a moment ago and is no symlink: nothing can be followed.
             rustix::fs::chmodat(&dir, name, mode(attr), AtFlags::empty())
@@ -348,13 +378,31 @@ impl Job {
             match rustix::fs::lsetxattr(path, OsStr::from_bytes(attribute), value, XattrFlags::empty()) {
                 Ok(()) => {}
                 // Where there is no /proc it can't be done.
-                Err(Errno::PERM | Errno::OPNOTSUPP | Errno::NOENT) => warnings.push(Warning::Xattr),
+                Err(e) if no_such_xattr(e) || e == Errno::NOENT => warnings.push(Warning::Xattr),
                 Err(e) => return Err(self.failed("set an extended attribute of", node, e)),
             }
         }
         rustix::fs::utimensat(&dir, name, &times(attr), AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| self.failed("set the times of", node, e))?;
         Ok(warnings)
+    }
+
+    /// Gives a name to its owner with `chown`, where this process may try.
+    fn give_away(
+        &self,
+        node: NodeId,
+        attr: &Attr,
+        chown: impl FnOnce() -> rustix::io::Result<()>,
+    ) -> Result<Vec<Warning>, ExtractError> {
+        if !self.privileged {
+            let own = attr.uid == rustix::process::geteuid().as_raw();
+            return Ok(if own { Vec::new() } else { vec![Warning::Owner] });
+        }
+        match chown() {
+            Ok(()) => Ok(Vec::new()),
+            Err(e) if no_such_owner(e) => Ok(vec![Warning::Owner]),
+            Err(e) => Err(self.failed("change the owner of", node, e)),
+        }
     }
 
     fn finish_dir(&self, dir: NodeId) -> Result<Vec<Warning>, ExtractError> {
@@ -364,17 +412,11 @@ impl Job {
 
     /// Owner, attributes, mode, times: in this order, since each of them undoes a later one.
     fn finish(&self, fd: std::os::fd::BorrowedFd<'_>, node: NodeId, attr: &Attr) -> Result<Vec<Warning>, ExtractError> {
-        let mut warnings = Vec::new();
-        if self.privileged {
-            rustix::fs::fchown(fd, uid(attr.uid), gid(attr.gid))
-                .map_err(|e| self.failed("change the owner of", node, e))?;
-        } else if attr.uid != rustix::process::geteuid().as_raw() {
-            warnings.push(Warning::Owner);
-        }
+        let mut warnings = self.give_away(node, attr, || rustix::fs::fchown(fd, uid(attr.uid), gid(attr.gid)))?;
         for (name, value) in self.fs.tree().xattrs(node) {
             match rustix::fs::fsetxattr(fd, OsStr::from_bytes(name), value, XattrFlags::empty()) {
                 Ok(()) => {}
-                Err(Errno::PERM | Errno::OPNOTSUPP) => warnings.push(Warning::Xattr),
+                Err(e) if no_such_xattr(e) => warnings.push(Warning::Xattr),
                 Err(e) => return Err(self.failed("set an extended attribute of", node, e)),
             }
         }

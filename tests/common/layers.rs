@@ -69,6 +69,12 @@ impl Layer {
         self
     }
 
+    /// An empty file with an extended attribute.
+    pub fn xattr(mut self, path: &str, name: &str, value: &[u8]) -> Self {
+        self.tar.append_pax_extensions([(&*format!("SCHILY.xattr.{name}"), value)]).unwrap();
+        self.file(path, b"")
+    }
+
     pub fn fifo(mut self, path: &str) -> Self {
         let mut header = Self::header(tar::EntryType::Fifo, 0o600, 0);
         self.tar.append_data(&mut header, path, &[][..]).unwrap();
