@@ -6,10 +6,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use aws_sdk_s3::Client;
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
-use aws_sdk_s3::types::ChecksumAlgorithm;
+use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode};
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
 use base64::Engine as _;
 use bytes::Bytes;
@@ -63,7 +64,9 @@ impl Upload<'_> {
         }
         let bytes = read(path, file, 0, size).await?;
         let checksum = checksum(&bytes);
+        let tries = AtomicU32::new(0);
         let put = || async {
+            tries.fetch_add(1, Ordering::Relaxed);
             self.client
                 .put_object()
                 .bucket(self.bucket)
@@ -76,9 +79,29 @@ impl Upload<'_> {
                 .await
                 .map_err(|e| put_failure(self.name, self.create_only, e))
         };
-        self.retry.run(Label::S3, self.name, size, put).await?;
+        match self.retry.run(Label::S3, self.name, size, put).await {
+            Ok(_) => {}
+            // The answer to an earlier try was lost, not the object.
+            Err(SourceError::Exists { .. }) if tries.into_inner() > 1 && self.has_arrived(size, &checksum).await => {}
+            Err(error) => return Err(error),
+        }
         progress(size);
         Ok(())
+    }
+
+    /// Whether the object is the one that was sent. A store that keeps no checksums can't tell.
+    async fn has_arrived(&self, size: u64, checksum: &str) -> bool {
+        let head = self.client.head_object().bucket(self.bucket).key(self.key).checksum_mode(ChecksumMode::Enabled);
+        match head.send().await {
+            Ok(there) => {
+                there.content_length() == i64::try_from(size).ok() && there.checksum_sha256() == Some(checksum)
+            }
+            Err(error) => {
+                let failure = client::failure(self.name, error).error();
+                tracing::debug!(what = self.name, %failure, "can't tell whether it has arrived");
+                false
+            }
+        }
     }
 }
 

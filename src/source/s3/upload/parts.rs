@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
@@ -14,7 +15,7 @@ use base64::Engine as _;
 use futures::{StreamExt, TryStreamExt};
 
 use super::super::super::SourceError;
-use super::super::super::retry::Label;
+use super::super::super::retry::{Label, RetryPolicy};
 use super::super::client;
 use super::{PART, Upload, checksum, put_failure, read};
 use crate::units::Digest;
@@ -27,6 +28,9 @@ const CONCURRENT: usize = 4;
 const MAX_UNFINISHED: usize = 8;
 /// An unfinished upload of the key that is older than this is removed: its parts cost money.
 const STALE: Duration = Duration::from_secs(24 * 3600);
+
+/// Time for one try to have the parts put together: S3 documents minutes, in which it sends blanks.
+const COMPLETION: Duration = Duration::from_secs(600);
 
 /// A part that the store has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,7 +123,7 @@ async fn run(
 ) -> Result<(), SourceError> {
     let done = async {
         let parts = send_parts(upload, id, cut, stored, progress).await?;
-        complete(upload, id, parts).await
+        complete(upload, id, cut.size, parts).await
     };
     let outcome = done.await;
     match &outcome {
@@ -270,10 +274,12 @@ async fn send_parts(
     Ok(parts)
 }
 
-async fn complete(upload: &Upload<'_>, id: &str, parts: Vec<CompletedPart>) -> Result<(), SourceError> {
+async fn complete(upload: &Upload<'_>, id: &str, size: u64, parts: Vec<CompletedPart>) -> Result<(), SourceError> {
     let expected = composite(&parts);
     let all = CompletedMultipartUpload::builder().set_parts(Some(parts)).build();
+    let tries = AtomicU32::new(0);
     let complete = || async {
+        tries.fetch_add(1, Ordering::Relaxed);
         upload
             .client
             .complete_multipart_upload()
@@ -286,7 +292,24 @@ async fn complete(upload: &Upload<'_>, id: &str, parts: Vec<CompletedPart>) -> R
             .await
             .map_err(|e| put_failure(upload.name, upload.create_only, e))
     };
-    let done = upload.retry.run(Label::S3, upload.name, 0, complete).await?;
+    let patient = RetryPolicy {
+        attempt: upload.retry.attempt.max(COMPLETION),
+        total: upload.retry.total.max(2 * COMPLETION),
+        ..upload.retry.clone()
+    };
+    let done = match patient.run(Label::S3, upload.name, 0, complete).await {
+        Ok(done) => done,
+        // The upload is gone, or the key taken, because it has been completed: by a try whose answer was lost, or by another process
+        // with the same file.
+        Err(error @ (SourceError::NotFound { .. } | SourceError::Exists { .. })) => {
+            let may_be_ours = matches!(error, SourceError::NotFound { .. }) || tries.into_inner() > 1;
+            return match &expected {
+                Some(checksum) if may_be_ours && upload.has_arrived(size, checksum).await => Ok(()),
+                _ => Err(error),
+            };
+        }
+        Err(error) => return Err(error),
+    };
     match (done.checksum_sha256(), expected) {
         (Some(said), Some(expected)) if said.contains('-') && said != expected => {
             let detail = "the store put the parts together to something else; push it again".into();
