@@ -58,7 +58,7 @@ fn options(layers: usize, artifacts: Option<&Path>) -> BuildOptions {
     let artifacts = artifacts.map(|dir| Artifacts::new(dir.to_owned(), 1 << 30));
     BuildOptions {
         span_size: 256 << 10,
-        indexing: Arc::new(Indexing::new(layers, artifacts)),
+        indexing: Arc::new(Indexing::new(layers, artifacts, u64::MAX)),
         ..BuildOptions::default()
     }
 }
@@ -253,4 +253,39 @@ async fn an_index_that_was_killed_goes_on_with_the_layer_that_was_in_work() {
             "{digest}: the first layer is not fetched again"
         );
     }
+}
+
+/// Names without content: small as a layer, large in memory.
+fn names(seed: u64, count: usize) -> Layer {
+    (0..count).fold(Layer::new(Compression::Gzip), |layer, n| layer.file(&format!("{seed}-{n}"), b""))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_names_of_an_image_take_is_bounded_over_all_its_layers() {
+    let dir = tempfile::tempdir().unwrap();
+    let (layout, out) = (dir.path().join("layout"), dir.path().join("out.clip"));
+    // 500 names take some 100 kB.
+    layers::write_layout(&layout, vec![names(1, 500), names(2, 500)]);
+    let image = clip_csi::source::ImageRef::Layout { dir: layout, tag: Some("latest".into()) };
+    let sources = common::sources(true, Default::default());
+    let mut image = sources.resolve(&image, &Platform::host(), &Credentials::default()).await.unwrap();
+    let within = |limit, kept: Option<&Path>| BuildOptions {
+        indexing: Arc::new(Indexing::new(2, kept.map(|dir| Artifacts::new(dir.to_owned(), 1 << 30)), limit)),
+        ..BuildOptions::default()
+    };
+    let kept = dir.path().join("layers");
+    let options = within(300_000, Some(&kept));
+    for round in ["streamed", "kept"] {
+        index_image(&image, &out, &options, &Silent).await.expect(round);
+        let error = index_image(&image, &out, &within(150_000, Some(&kept)), &Silent).await.unwrap_err().to_string();
+        assert!(error.contains("its names and attributes take over") && error.contains("clip-csi index"), "{error}");
+    }
+    // The same layer again and again is as many names, hidden though they are.
+    let (config, layer) =
+        (serde_json::from_slice::<serde_json::Value>(&image.config).unwrap(), image.layers[0].clone());
+    let diff_ids = vec![config["rootfs"]["diff_ids"][0].clone(); 5];
+    image.layers = vec![layer; 5];
+    image.config = serde_json::json!({"rootfs": {"type": "layers", "diff_ids": diff_ids}}).to_string().into();
+    let error = index_image(&image, &out, &options, &Silent).await.unwrap_err().to_string();
+    assert!(error.contains("its names and attributes take over"), "{error}");
 }

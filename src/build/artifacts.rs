@@ -117,7 +117,9 @@ impl Artifacts {
         let text = |error: std::io::Error| error.to_string();
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.dir).map_err(text)?;
         self.usable()?;
-        let body = zstd::bulk::compress(&wire::encode(artifact), LEVEL).map_err(text)?;
+        let mut body = zstd::stream::write::Encoder::new(Vec::new(), LEVEL).map_err(text)?;
+        wire::write(artifact, &mut body).map_err(text)?;
+        let body = body.finish().map_err(text)?;
         if body.len() as u64 > MAX_ARTIFACT.min(self.max_bytes) {
             return Err(format!("it takes {} bytes", body.len()));
         }
@@ -183,7 +185,7 @@ fn read(file: &mut File, layer: &Digest) -> Result<Artifact, String> {
     let mut plain = Vec::new();
     let unpacked = zstd::stream::read::Decoder::new(body).map_err(text)?;
     unpacked.take(MAX_UNPACKED).read_to_end(&mut plain).map_err(text)?;
-    let artifact = wire::decode(&plain)?;
+    let artifact = wire::decode(plain)?;
     if artifact.table.digest != *layer {
         return Err(format!("it is of layer {}", artifact.table.digest));
     }

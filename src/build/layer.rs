@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -11,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::BuildError;
 use super::artifacts::Artifact;
-use super::indexing::Indexing;
+use super::indexing::{Share, TooMuch};
 use super::output::{blocking, io_error};
 use super::progress::Progress;
 use super::tables::{self, Scanned};
@@ -23,10 +24,13 @@ use crate::units::{Compression, Digest};
 
 /// Pieces of a layer that wait for the worker; a piece is what the source gives at once.
 const QUEUE: usize = 8;
-/// Layers of one image that are looked at or wait for their turn; how many are streamed is [`Indexing`]'s to say.
+/// Layers of one image that are in work or wait for their turn; how many are in work is [`Share::turn`]'s to say.
 const BEGUN: usize = 64;
 /// Enough bytes to tell a gzip member and a zstd frame from a tar header.
 const MAGIC_LEN: usize = 4;
+
+/// Makes a file to keep an uncompressed layer in.
+pub(super) type MakeSpool<'a> = &'a (dyn Fn() -> Result<File, BuildError> + Sync);
 
 /// What one pass over a layer found. The layer's digest and diff ID have been checked, or its table of contents has.
 #[derive(Debug)]
@@ -37,6 +41,12 @@ pub(super) struct Scan {
     pub table: BlobTable,
     /// The uncompressed layer, where one was asked for.
     pub spool: Option<File>,
+}
+
+impl Scan {
+    fn weight(&self) -> u64 {
+        self.entries.iter().map(TarEntry::weight).sum()
+    }
 }
 
 /// What a media type says of a layer's compression, and whether it is one that may not be distributed.
@@ -60,8 +70,8 @@ pub(super) async fn scan_all(
     diff_ids: &[Digest],
     span_size: u64,
     tables: bool,
-    indexing: &Indexing,
-    spool: Option<&(dyn Fn() -> Result<File, BuildError> + Sync)>,
+    share: &Arc<Share>,
+    spool: Option<MakeSpool<'_>>,
     progress: &dyn Progress,
 ) -> Result<(Vec<Scan>, Vec<usize>), BuildError> {
     let mut numbers: HashMap<Digest, usize> = HashMap::new();
@@ -85,13 +95,19 @@ pub(super) async fn scan_all(
         .map(|number| {
             let (layer, diff_id) = &distinct[number];
             async move {
-                if tables && let Some(Scanned { entries, table }) = tables::scan(layer, *diff_id, progress).await {
-                    return Ok((number, Scan { entries, table, spool: None }));
+                if tables {
+                    let _turn = share.turn().await;
+                    if let Some(Scanned { entries, table }) = tables::scan(layer, *diff_id, progress).await {
+                        let scan = Scan { entries, table, spool: None };
+                        share.hold(scan.weight()).map_err(|too_much| too_much.error(image))?;
+                        return Ok((number, scan));
+                    }
                 }
                 let bar = Bar::begin(progress, &format!("layer {}", &layer.digest.hex()[..12]), layer.size);
+                let job = LayerJob { image, layer, diff_id: *diff_id, span_size, share, bar };
                 let scan = match spool {
-                    Some(spool) => scan(layer, *diff_id, span_size, indexing, Some(spool), &bar).await?,
-                    None => kept_or_scan(layer, *diff_id, span_size, indexing, &image.scope, &bar).await?,
+                    Some(spool) => job.scan(Some(spool)).await?,
+                    None => job.kept_or_scan(&image.scope).await?,
                 };
                 Ok::<_, BuildError>((number, scan))
             }
@@ -101,76 +117,92 @@ pub(super) async fn scan_all(
         scans[number] = Some(scan);
     }
     drop(work);
-    Ok((scans.into_iter().flatten().collect(), order))
-}
-
-/// What an earlier build found, else a pass over the layer whose result is kept.
-async fn kept_or_scan(
-    layer: &LayerSource,
-    diff_id: Digest,
-    span_size: u64,
-    indexing: &Indexing,
-    scope: &Scope,
-    bar: &Bar<'_>,
-) -> Result<Scan, BuildError> {
-    let Some(artifacts) = &indexing.artifacts else {
-        return scan(layer, diff_id, span_size, indexing, None, bar).await;
-    };
-    let (own, public) =
-        (artifacts.path(&layer.digest, span_size, scope), artifacts.path(&layer.digest, span_size, &Scope::Public));
-    // Builds that want the same layer at the same time: one streams it, the others find what it has kept.
-    let turn = artifacts.turn(&own);
-    let _turn = turn.lock().await;
-    let (from, layer_digest, path) = (artifacts.clone(), layer.digest, own.clone());
-    let found = blocking(move || {
-        let other = || if path == public { None } else { from.load(&public, &layer_digest) };
-        Ok(from.load(&path, &layer_digest).or_else(other))
-    });
-    if let Some(Artifact { entries, table }) = found.await? {
-        check(layer, &table, diff_id)?;
-        bar.advance(layer.size);
-        return Ok(Scan { entries, table, spool: None });
+    let scans: Vec<Scan> = scans.into_iter().flatten().collect();
+    // Merged as often as it comes.
+    let mut seen = vec![false; scans.len()];
+    for number in &order {
+        if std::mem::replace(&mut seen[*number], true) {
+            share.hold(scans[*number].weight()).map_err(|too_much| too_much.error(image))?;
+        }
     }
-    let Scan { entries, table, .. } = scan(layer, diff_id, span_size, indexing, None, bar).await?;
-    let to = artifacts.clone();
-    blocking(move || {
-        let artifact = Artifact { entries, table };
-        to.keep(&own, &artifact);
-        let Artifact { entries, table } = artifact;
-        Ok(Scan { entries, table, spool: None })
-    })
-    .await
+    Ok((scans, order))
 }
 
-/// One pass over a layer, when its turn has come.
-async fn scan(
-    layer: &LayerSource,
+/// One layer of an image that is being built.
+struct LayerJob<'a> {
+    image: &'a ResolvedImage,
+    layer: &'a LayerSource,
     diff_id: Digest,
     span_size: u64,
-    indexing: &Indexing,
-    spool: Option<&(dyn Fn() -> Result<File, BuildError> + Sync)>,
-    bar: &Bar<'_>,
-) -> Result<Scan, BuildError> {
-    let bad = |detail: String| BuildError::BadLayer { layer: layer.digest, detail };
-    // The semaphore is never closed.
-    let _permit = indexing.permits.acquire().await.ok();
-    let spool = spool.map(|make| make()).transpose()?;
-    let (feed, inbox) = mpsc::channel(QUEUE);
-    let worker = tokio::task::spawn_blocking(move || Worker::new(span_size, spool).run(inbox));
-    let fed = feed_layer(layer, feed, bar).await;
-    let worked = worker.await.map_err(|error| BuildError::Io {
-        what: format!("the worker for layer {}", layer.digest),
-        detail: error.to_string(),
-    })?;
-    // A source that fails makes the worker fail too: the source's error is the cause.
-    fed?;
-    let scan = worked.map_err(|failure| match failure {
-        Failure::Layer(detail) => bad(detail),
-        Failure::Spool(error) => io_error("write a layer to a temporary file")(error),
-        Failure::Abandoned => bad("the build was abandoned".into()),
-    })?;
-    check(layer, &scan.table, diff_id)?;
-    Ok(scan)
+    share: &'a Arc<Share>,
+    bar: Bar<'a>,
+}
+
+impl LayerJob<'_> {
+    /// What an earlier build found, else a pass over the layer whose result is kept.
+    async fn kept_or_scan(&self, scope: &Scope) -> Result<Scan, BuildError> {
+        let Self { layer, diff_id, span_size, share, .. } = *self;
+        let Some(artifacts) = share.artifacts() else { return self.scan(None).await };
+        let (own, public) =
+            (artifacts.path(&layer.digest, span_size, scope), artifacts.path(&layer.digest, span_size, &Scope::Public));
+        // Builds that want the same layer at the same time: one streams it, the others find what it has kept.
+        let busy = artifacts.turn(&own);
+        let _busy = busy.lock().await;
+        // After that, so that nobody waits for another's layer while others could use the turn.
+        let _turn = share.turn().await;
+        let (from, layer_digest, path) = (artifacts.clone(), layer.digest, own.clone());
+        let found = blocking(move || {
+            let other = || if path == public { None } else { from.load(&public, &layer_digest) };
+            Ok(from.load(&path, &layer_digest).or_else(other))
+        });
+        if let Some(Artifact { entries, table }) = found.await? {
+            check(layer, &table, diff_id)?;
+            self.bar.advance(layer.size);
+            let scan = Scan { entries, table, spool: None };
+            share.hold(scan.weight()).map_err(|too_much| too_much.error(self.image))?;
+            return Ok(scan);
+        }
+        let Scan { entries, table, .. } = self.pass(None).await?;
+        let to = artifacts.clone();
+        blocking(move || {
+            let artifact = Artifact { entries, table };
+            to.keep(&own, &artifact);
+            let Artifact { entries, table } = artifact;
+            Ok(Scan { entries, table, spool: None })
+        })
+        .await
+    }
+
+    /// One pass over a layer, when its turn has come.
+    async fn scan(&self, spool: Option<MakeSpool<'_>>) -> Result<Scan, BuildError> {
+        let _turn = self.share.turn().await;
+        self.pass(spool).await
+    }
+
+    /// One pass over a layer.
+    async fn pass(&self, spool: Option<MakeSpool<'_>>) -> Result<Scan, BuildError> {
+        let layer = self.layer;
+        let bad = |detail: String| BuildError::BadLayer { layer: layer.digest, detail };
+        let spool = spool.map(|make| make()).transpose()?;
+        let (feed, inbox) = mpsc::channel(QUEUE);
+        let worker = Worker::new(self.span_size, spool, Arc::clone(self.share));
+        let worker = tokio::task::spawn_blocking(move || worker.run(inbox));
+        let fed = feed_layer(layer, feed, &self.bar).await;
+        let worked = worker.await.map_err(|error| BuildError::Io {
+            what: format!("the worker for layer {}", layer.digest),
+            detail: error.to_string(),
+        })?;
+        // A source that fails makes the worker fail too: the source's error is the cause.
+        fed?;
+        let scan = worked.map_err(|failure| match failure {
+            Failure::Layer(detail) => bad(detail),
+            Failure::Spool(error) => io_error("write a layer to a temporary file")(error),
+            Failure::Metadata(too_much) => too_much.error(self.image),
+            Failure::Abandoned => bad("the build was abandoned".into()),
+        })?;
+        check(layer, &scan.table, self.diff_id)?;
+        Ok(scan)
+    }
 }
 
 /// The layer is the one that the manifest names and the configuration describes.
@@ -244,6 +276,7 @@ enum Feed {
 enum Failure {
     Layer(String),
     Spool(std::io::Error),
+    Metadata(TooMuch),
     Abandoned,
 }
 
@@ -257,6 +290,7 @@ struct Worker {
 struct Sink {
     walker: Walker,
     entries: Vec<TarEntry>,
+    share: Arc<Share>,
     spool: Option<File>,
     failure: Option<Failure>,
 }
@@ -266,9 +300,15 @@ impl Sink {
         if self.failure.is_some() {
             return;
         }
-        let entries = &mut self.entries;
-        if let Err(error) = self.walker.push(bytes, &mut |entry| entries.push(entry)) {
+        let (entries, mut weight) = (&mut self.entries, 0);
+        let mut keep = |entry: TarEntry| {
+            weight += entry.weight();
+            entries.push(entry);
+        };
+        if let Err(error) = self.walker.push(bytes, &mut keep) {
             self.failure = Some(Failure::Layer(error.to_string()));
+        } else if let Err(too_much) = self.share.hold(weight) {
+            self.failure = Some(Failure::Metadata(too_much));
         } else if let Some(spool) = &mut self.spool
             && let Err(error) = spool.write_all(bytes)
         {
@@ -278,8 +318,8 @@ impl Sink {
 }
 
 impl Worker {
-    fn new(span_size: u64, spool: Option<File>) -> Self {
-        let sink = Sink { walker: Walker::new(), entries: Vec::new(), spool, failure: None };
+    fn new(span_size: u64, spool: Option<File>, share: Arc<Share>) -> Self {
+        let sink = Sink { walker: Walker::new(), entries: Vec::new(), share, spool, failure: None };
         Self { span_size, sink }
     }
 

@@ -183,7 +183,7 @@ impl Provider {
         let limit = config.layer_cache_max_bytes;
         let artifacts = (limit > 0).then(|| Artifacts::new(dir.join("layers"), limit));
         let inner = Inner {
-            indexing: Arc::new(Indexing::new(config.index_concurrency, artifacts)),
+            indexing: Arc::new(Indexing::new(config.index_concurrency, artifacts, Indexing::NODE_METADATA)),
             config,
             sources,
             store,

@@ -77,6 +77,20 @@ pub struct TarEntry {
     pub extents: Option<Vec<Extent>>,
 }
 
+impl TarEntry {
+    /// Bytes of its names, attributes and sparse map.
+    fn held(&self) -> u64 {
+        let xattrs: usize = self.xattrs.iter().map(|(n, v)| n.len() + v.len() + 48).sum();
+        let extents = self.extents.as_ref().map_or(0, |e| e.len() * size_of::<Extent>());
+        (self.path.len() + self.link.len() + xattrs + extents) as u64
+    }
+
+    /// Bytes of memory that it takes.
+    pub(super) fn weight(&self) -> u64 {
+        size_of::<Self>() as u64 + self.held()
+    }
+}
+
 /// A tar stream that can't be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("tar header at uncompressed byte {at}{}: {detail}", .name.as_ref().map(|n| format!(" ({n})")).unwrap_or_default())]
@@ -447,9 +461,7 @@ impl Walker {
 
     fn emit(&mut self, entry: TarEntry, sink: &mut dyn FnMut(TarEntry)) -> Result<(), TarError> {
         self.entries += 1;
-        let xattrs: usize = entry.xattrs.iter().map(|(n, v)| n.len() + v.len() + 48).sum();
-        let extents = entry.extents.as_ref().map_or(0, |e| e.len() * size_of::<Extent>());
-        self.held += (entry.path.len() + entry.link.len() + xattrs + extents) as u64;
+        self.held += entry.held();
         if self.entries > MAX_ENTRIES {
             return Err(self.fail(Some(&entry.path), format!("the layer has over {MAX_ENTRIES} entries")));
         }

@@ -11,6 +11,7 @@ use std::time::Instant;
 use super::bundle;
 use super::data_region::{DataRegion, Written};
 use super::image_config::{ImageConfig, bad_image};
+use super::indexing::Share;
 use super::layer::{self, Bar, Scan};
 use super::merge::{MergeError, Merger};
 use super::output::{Output, blocking, blocking_with_bar, directory, io_error};
@@ -73,8 +74,8 @@ pub(super) async fn archive_image(
     let beside = directory(out).to_owned();
     let spool =
         || tempfile::tempfile_in(&beside).map_err(io_error(format!("create a temporary file in {}", beside.display())));
-    let indexing = &options.indexing;
-    let (scans, order) = layer::scan_all(image, &diff_ids, 64 << 20, false, indexing, Some(&spool), progress).await?;
+    let share = Share::new(&options.indexing);
+    let (scans, order) = layer::scan_all(image, &diff_ids, 64 << 20, false, &share, Some(&spool), progress).await?;
     metrics().v1_extract_seconds.observe(started.elapsed().as_secs_f64());
 
     let digests: Vec<Digest> = image.layers.iter().map(|layer| layer.digest).collect();

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::image_config::{ImageConfig, bad_image};
+use super::indexing::Share;
 use super::layer::{self, Scan};
 use super::merge::Merger;
 use super::output::{Output, blocking};
@@ -36,8 +37,8 @@ pub(super) async fn index_image(
     let config = ImageConfig::parse(image)?;
     let diff_ids = config.diff_ids(image)?;
     let tables = options.tables_of_contents;
-    let (scans, order) =
-        layer::scan_all(image, &diff_ids, options.span_size, tables, &options.indexing, None, progress).await?;
+    let share = Share::new(&options.indexing);
+    let (scans, order) = layer::scan_all(image, &diff_ids, options.span_size, tables, &share, None, progress).await?;
 
     let reference = format!("{}@{}", place.tag.as_deref().unwrap_or("latest"), image.manifest_digest);
     let mut storage = OciStorage {
@@ -62,6 +63,8 @@ pub(super) async fn index_image(
     let layer_bytes = image.layers.iter().map(|layer| layer.size).sum();
     let out = out.to_owned();
     let report = blocking(move || {
+        // Held until the names are written.
+        let _share = share;
         let (tree, seek_table) = merge(scans, &order, &digests)?;
         let storage = Storage::Oci(Box::new(storage));
         let encoded = archive::encode(&tree, &storage, extension, &seek_table, HEADER_LEN as u64)?;

@@ -82,7 +82,7 @@ impl IndexArgs {
         let image = resolve(&self.image, &self.build, &self.sources).await?;
         let artifacts = self.layer_cache().map(|dir| Artifacts::new(dir, LAYER_CACHE_MAX_BYTES));
         let options = BuildOptions {
-            indexing: Arc::new(Indexing::new(self.concurrency.unwrap_or(0).into(), artifacts)),
+            indexing: Arc::new(Indexing::new(self.concurrency.unwrap_or(0).into(), artifacts, u64::MAX)),
             span_size: self.build.span_kib << 10,
             checkpoint_mib: self.checkpoint_mib,
             tables_of_contents: !self.no_toc,

@@ -1,10 +1,15 @@
 //! An artifact's content: a protobuf message. Read back only by the version of the program that wrote it.
 
+use std::io::Write;
+
 use prost::Message;
 
 use super::Artifact;
 use crate::archive::{Extent, SeekTable, Timestamp};
 use crate::build::tar::{EntryKind, TarEntry};
+
+/// Tag of [`Layer::entries`].
+const ENTRIES: u32 = 2;
 
 #[derive(Clone, PartialEq, Message)]
 struct Layer {
@@ -72,13 +77,23 @@ const KINDS: [EntryKind; 7] = [
     EntryKind::BlockDevice,
 ];
 
-pub(super) fn encode(artifact: &Artifact) -> Vec<u8> {
+/// Entry by entry, so that they are not all in memory twice.
+pub(super) fn write(artifact: &Artifact, out: &mut impl Write) -> std::io::Result<()> {
     let table = SeekTable { blobs: vec![artifact.table.clone()] }.encode();
-    Layer { table, entries: artifact.entries.iter().map(entry).collect() }.encode_to_vec()
+    out.write_all(&Layer { table, entries: Vec::new() }.encode_to_vec())?;
+    let mut one = Vec::new();
+    for of in &artifact.entries {
+        // Messages one after the other are one message, whose lists are joined.
+        one.clear();
+        prost::encoding::message::encode(ENTRIES, &entry(of), &mut one);
+        out.write_all(&one)?;
+    }
+    Ok(())
 }
 
-pub(super) fn decode(bytes: &[u8]) -> Result<Artifact, String> {
-    let layer = Layer::decode(bytes).map_err(|error| error.to_string())?;
+pub(super) fn decode(bytes: Vec<u8>) -> Result<Artifact, String> {
+    let layer = Layer::decode(&*bytes).map_err(|error| error.to_string())?;
+    drop(bytes);
     let mut tables = SeekTable::decode(&layer.table).map_err(|error| error.to_string())?.blobs;
     let (Some(table), true) = (tables.pop(), tables.is_empty()) else {
         return Err("it has not exactly one table".into());
