@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 
-use sha2::Digest as _;
-
 use super::builder::{EntryRef, corrupt, show};
 use super::gob::{Decoder, Plan, TypeId, Want};
 use super::{ArchiveError, BlobIx, Extension, Extent, Header, Kind, Storage, Timestamp, Tree, TreeBuilder};
@@ -29,7 +27,8 @@ pub struct Archive {
     pub tree: Tree,
     /// Our extension, where the archive has one.
     pub extension: Option<Extension>,
-    /// SHA-256 over header, index and storage info (the seek table's digest is inside the index).
+    /// SHA-256 over header, index and storage info (the seek table's digest is inside the index); where this digest stands in the index itself,
+    /// zeros count for it.
     pub digest: Digest,
 }
 
@@ -47,9 +46,7 @@ impl Archive {
 ///
 /// Cost: one pass over the index, no allocation per node (some 100 bytes a node in all while it runs); a sort of the names.
 pub fn decode(header: &[u8], index: &[u8], storage_info: &[u8]) -> Result<Archive, ArchiveError> {
-    let mut hash = sha2::Sha256::new();
-    [header, index, storage_info].iter().for_each(|part| hash.update(part));
-    let digest = Digest(hash.finalize().into());
+    let header_bytes = header;
     let header = Header::decode(header)?;
     for (what, declared, bytes) in
         [("index", header.index.1, index), ("storage info", header.storage_info.1, storage_info)]
@@ -64,6 +61,8 @@ pub fn decode(header: &[u8], index: &[u8], storage_info: &[u8]) -> Result<Archiv
     }
     let storage = Storage::decode(storage_info)?;
     let (tree, extension) = decode_index(index, &storage)?;
+    let (extension, summed) = extension.map_or((None, false), |(extension, summed)| (Some(extension), summed));
+    let digest = super::sum::check(header_bytes, index, storage_info, summed)?;
     Ok(Archive { header, storage, tree, extension, digest })
 }
 
@@ -211,7 +210,7 @@ struct Node<'a> {
     nlink: u32,
     owner: (u32, u32),
     rdev: u32,
-    ext: Option<Extension>,
+    ext: Option<(Extension, bool)>,
     xattrs: Vec<(&'a [u8], &'a [u8])>,
     sparse: bool,
     blob: u64,
@@ -321,7 +320,7 @@ fn read_remote<'a>(d: &mut Decoder<'a>, plan: &Plan<RemoteField>) -> Result<(&'a
     Ok(out)
 }
 
-fn decode_index(index: &[u8], storage: &Storage) -> Result<(Tree, Option<Extension>), ArchiveError> {
+fn decode_index(index: &[u8], storage: &Storage) -> Result<(Tree, Option<(Extension, bool)>), ArchiveError> {
     let mut d = Decoder::new("index", index);
     let list = d.value()?;
     d.expect(list, Want::List, "the index")?;

@@ -51,7 +51,7 @@ pub fn encode(
         within("length of the seek table", tail.len(), super::MAX_SEEK_TABLE_LEN)?;
         extension.seek_table = Some((tail_pos, tail.len() as u64, Digest::of(&tail)));
     }
-    let index = encode_index(tree, storage, &extension, seek_table)?;
+    let mut index = encode_index(tree, storage, &extension, seek_table)?;
     let info = storage.encode();
     within("length of the index", index.len(), super::MAX_INDEX_LEN)?;
     within("length of the storage info", info.len(), super::MAX_STORAGE_INFO_LEN)?;
@@ -61,10 +61,12 @@ pub fn encode(
         index: (index_pos, index.len() as u64),
         storage_info: (info_pos, info.len() as u64),
         storage_type: storage.type_name().into(),
-    };
+    }
+    .encode();
+    super::sum::seal(&header, &mut index, &info);
     tail.extend_from_slice(&index);
     tail.extend_from_slice(&info);
-    Ok(Encoded { header: header.encode(), tail, seek_table: extension.seek_table })
+    Ok(Encoded { header, tail, seek_table: extension.seek_table })
 }
 
 fn within(what: &'static str, len: usize, limit: u64) -> Result<(), ArchiveError> {

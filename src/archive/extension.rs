@@ -43,9 +43,10 @@ pub(super) enum Field {
     Manifest,
     Platform,
     Layout,
+    Sum,
 }
 
-const FIELDS: [(&str, TypeId, Field); 10] = [
+const FIELDS: [(&str, TypeId, Field); 11] = [
     ("Major", TypeId::UINT, Field::Major),
     ("Minor", TypeId::UINT, Field::Minor),
     ("Generator", TypeId::STRING, Field::Generator),
@@ -56,6 +57,7 @@ const FIELDS: [(&str, TypeId, Field); 10] = [
     ("Manifest", TypeId::STRING, Field::Manifest),
     ("Platform", TypeId::STRING, Field::Platform),
     ("Layout", TypeId::STRING, Field::Layout),
+    ("Sum", TypeId::STRING, Field::Sum),
 ];
 
 pub(super) fn define(encoder: &mut Encoder, id: TypeId) {
@@ -80,19 +82,21 @@ impl Extension {
         ] {
             fields.bytes(number, text.unwrap_or_default().as_bytes());
         }
+        fields.bytes(10, &super::sum::blank());
     }
 
     pub(super) fn plan(d: &Decoder<'_>, id: TypeId) -> Result<Plan<Field>, ArchiveError> {
         d.plan(id, "XClipExt", &FIELDS.map(|(name, id, field)| (name, Want::Basic(id), field)))
     }
 
-    pub(super) fn read(d: &mut Decoder<'_>, plan: &Plan<Field>) -> Result<Self, ArchiveError> {
+    /// And whether it names a digest of the metadata ([`super::sum`]).
+    pub(super) fn read(d: &mut Decoder<'_>, plan: &Plan<Field>) -> Result<(Self, bool), ArchiveError> {
         fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(d: &mut Decoder<'_>) -> Result<T, ArchiveError> {
             let text = d.string()?;
             text.parse().map_err(|error| d.corrupt(format!("XClipExt: {error}")))
         }
         let mut out = Self::default();
-        let (mut major, mut pos, mut len, mut digest) = (0, 0u64, 0, None);
+        let (mut major, mut pos, mut len, mut digest, mut summed) = (0, 0u64, 0, None, false);
         let mut at = 0;
         while let Some((field, _)) = d.field(plan, &mut at)? {
             match field {
@@ -114,6 +118,7 @@ impl Extension {
                 // Shown and not relied on: an odd one is none.
                 Field::Platform => out.platform = d.string()?.parse().ok(),
                 Field::Layout => out.layout = Some(d.string()?),
+                Field::Sum => summed = !d.bytes()?.is_empty(),
             }
         }
         if major == 0 {
@@ -129,6 +134,6 @@ impl Extension {
         {
             return Err(d.corrupt(format!("a seek table at {pos}, within the header or behind any file's end")));
         }
-        Ok(out)
+        Ok((out, summed))
     }
 }

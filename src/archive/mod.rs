@@ -14,6 +14,7 @@ pub mod header;
 mod layout;
 pub mod seek_table;
 pub mod storage_info;
+mod sum;
 pub mod tree;
 
 pub use builder::{Entry, MAX_NAME_LEN, MAX_PATH_LEN, MAX_TARGET_LEN, TreeBuilder};
