@@ -901,8 +901,10 @@ async fn create_only_is_said_to_the_store_and_its_answer_believed() {
         let store = Server::start(move |_, _| Reply::status(status)).await;
         let error = shell().put(&s3_at(&store), &file, true, &some_keys(), &|_| {}).await.unwrap_err();
         assert!(error.to_string().contains(kind), "{status}: {error}");
-        assert_eq!(store.seen().len(), requests, "{status}");
-        assert!(store.seen().iter().all(|s| s.header("if-none-match") == Some("*")));
+        // It is looked at once more only where an earlier try may have put it there.
+        let (puts, looks): (Vec<_>, Vec<_>) = store.seen().into_iter().partition(|s| s.method == "PUT");
+        assert_eq!((puts.len(), looks.len()), (requests, usize::from(requests > 1)), "{status}");
+        assert!(puts.iter().all(|s| s.header("if-none-match") == Some("*")));
     }
 }
 
