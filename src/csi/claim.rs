@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::request::RequestError;
-use super::volume_context::{ATTRIBUTES, AttributeError, Attributes, Requester, unknown};
+use super::volume_context::{ATTRIBUTES, AskedFor, AttributeError, Attributes, Requester, unknown};
 use crate::k8s::{Claim, KubeApi, KubeError, Object, PREFIX};
 use crate::source::ImageRef;
 
@@ -121,21 +121,21 @@ impl Parameters {
                 return Err(AttributeError::Value { name: ALLOW, value, remedy });
             }
         };
-        let (mut own, requester) = Attributes::own(&all)?;
+        let (mut own, requester) = Attributes::own(&all, AskedFor::Claim)?;
         own.extend(allow.map(|value| (ALLOW.to_owned(), value)));
         Ok(Self { all, from_claim, own, requester })
     }
 
     /// The attributes where the claim adds nothing.
     pub fn attributes(&self) -> Result<Attributes, AttributeError> {
-        Attributes::parse(&self.all)
+        Attributes::parse(&self.all, AskedFor::Claim)
     }
 
     /// The attributes with what the claim adds.
     pub fn with(&self, annotations: BTreeMap<String, String>) -> Result<Attributes, AttributeError> {
         let mut all = self.all.clone();
         all.extend(annotations);
-        Attributes::parse(&all)
+        Attributes::parse(&all, AskedFor::Claim)
     }
 }
 

@@ -30,7 +30,7 @@ use super::request::{self, RequestError};
 use super::seam::{Images, Volumes, building, progress};
 use super::secrets::credentials;
 use super::status::aborted;
-use super::volume_context::{Attributes, IMAGE_BYTES, Requester, VolumeSource, archive_url};
+use super::volume_context::{AskedFor, Attributes, IMAGE_BYTES, Requester, VolumeSource, archive_url};
 use super::{ClipVersion, ControllerContext};
 use crate::archive::Version;
 use crate::build::provider::{self, Provided};
@@ -189,7 +189,8 @@ impl ControllerService {
         }
         // Where another controller was faster, the claim may have said something else to it.
         let winner = record.attributes.as_ref().filter(|given| **given != create.attributes.given);
-        let winner = winner.map(|given| Attributes::parse(&given.clone().into_iter().collect())).transpose();
+        let winner =
+            winner.map(|given| Attributes::parse(&given.clone().into_iter().collect(), AskedFor::Claim)).transpose();
         let winner = winner.map_err(RequestError::from)?;
         let volume_context = context(winner.as_ref().unwrap_or(&create.attributes), &record, volumes.as_ref());
         tracing::info!(id = record.id, source = %create.attributes.source, "volume created");

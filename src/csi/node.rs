@@ -23,7 +23,7 @@ use super::request::{self, RequestError};
 use super::seam::{Images, Mounts, building, progress};
 use super::secrets::credentials;
 use super::status::aborted;
-use super::volume_context::{Attributes, Requester, VolumeSource, archive_url};
+use super::volume_context::{AskedFor, Attributes, Requester, VolumeSource, archive_url};
 use super::{ClipVersion, NodeContext};
 use crate::archive::Version;
 use crate::build::provider;
@@ -68,7 +68,7 @@ impl Publish {
         request::id("volume_id", &request.volume_id)?;
         let target = request::path("target_path", &request.target_path)?;
         request::capability("volume_capability", request.volume_capability.as_ref())?;
-        let attributes = Attributes::parse(&request.volume_context)?;
+        let attributes = Attributes::parse(&request.volume_context, AskedFor::Pod)?;
         let credentials = credentials(&request.secrets, attributes.requester.namespace.as_deref())?;
         Ok(Self { volume_id: request.volume_id, target, attributes, credentials })
     }

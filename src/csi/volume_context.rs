@@ -96,6 +96,16 @@ impl Requester {
     }
 }
 
+/// For whom a volume is asked for, and so whose words count: in a context that a pod's author writes, only what the kubelet sets itself.
+/// It sets `pod.*` over whatever stands there; `pvc/*` is the provisioner's, who does the same in what it sends to the controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AskedFor {
+    /// By the kubelet.
+    Pod,
+    /// By the provisioner.
+    Claim,
+}
+
 /// The attributes of one volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attributes {
@@ -121,28 +131,32 @@ pub struct Attributes {
 
 impl Attributes {
     /// Parses a volume context or the parameters of a StorageClass. Errors name the attribute and what would be accepted.
-    pub fn parse(map: &HashMap<String, String>) -> Result<Self, AttributeError> {
-        let (given, requester) = Self::own(map)?;
+    pub fn parse(map: &HashMap<String, String>, asked: AskedFor) -> Result<Self, AttributeError> {
+        let (given, requester) = Self::own(map, asked)?;
         Self::typed(given, requester)
     }
 
     /// Our own attributes and who asks, taken apart; their values are not looked at.
-    pub(super) fn own(map: &HashMap<String, String>) -> Result<(BTreeMap<String, String>, Requester), AttributeError> {
+    pub(super) fn own(
+        map: &HashMap<String, String>,
+        asked: AskedFor,
+    ) -> Result<(BTreeMap<String, String>, Requester), AttributeError> {
         let (mut given, mut requester) = (BTreeMap::new(), Requester::default());
         // Sorted, so that the same mistake gives the same message.
         for (name, value) in map.iter().collect::<BTreeMap<_, _>>() {
-            match name.as_str() {
-                "csi.storage.k8s.io/pod.namespace" | "csi.storage.k8s.io/pvc/namespace" => {
-                    requester.namespace = Some(value.clone());
+            match (asked, name.as_str()) {
+                (AskedFor::Pod, "csi.storage.k8s.io/pod.namespace")
+                | (AskedFor::Claim, "csi.storage.k8s.io/pvc/namespace") => requester.namespace = Some(value.clone()),
+                (AskedFor::Pod, "csi.storage.k8s.io/pod.name") | (AskedFor::Claim, "csi.storage.k8s.io/pvc/name") => {
+                    requester.name = Some(value.clone());
                 }
-                "csi.storage.k8s.io/pod.name" | "csi.storage.k8s.io/pvc/name" => requester.name = Some(value.clone()),
-                "csi.storage.k8s.io/pod.uid" => requester.uid = Some(value.clone()),
-                IMAGE_BYTES => {}
-                other if KUBERNETES.iter().any(|prefix| other.starts_with(prefix)) => {}
-                other if ATTRIBUTES.contains(&other) => {
+                (AskedFor::Pod, "csi.storage.k8s.io/pod.uid") => requester.uid = Some(value.clone()),
+                (_, IMAGE_BYTES) => {}
+                (_, other) if KUBERNETES.iter().any(|prefix| other.starts_with(prefix)) => {}
+                (_, other) if ATTRIBUTES.contains(&other) => {
                     given.insert(name.clone(), value.clone());
                 }
-                other => return Err(unknown(other)),
+                (_, other) => return Err(unknown(other)),
             }
         }
         Ok((given, requester))
@@ -282,7 +296,7 @@ mod tests {
 
     fn parse(pairs: &[(&str, &str)]) -> Result<Attributes, AttributeError> {
         let map = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        Attributes::parse(&map)
+        Attributes::parse(&map, AskedFor::Pod)
     }
 
     const IMAGE: (&str, &str) = ("image", "registry.example/team/app:1");
@@ -360,6 +374,24 @@ mod tests {
         assert_eq!(parsed.requester.namespace.as_deref(), Some("team"));
         assert_eq!(parsed.requester.uid.as_deref(), Some("0-1-2"));
         assert!(!format!("{parsed:?}").contains("token"));
+    }
+
+    /// The author of a pod writes what the kubelet does not set, and must not pass for another team by it.
+    #[test]
+    fn a_pod_can_not_name_a_namespace_by_what_the_provisioner_says() {
+        let forged = [
+            IMAGE,
+            ("csi.storage.k8s.io/pod.namespace", "own"),
+            ("csi.storage.k8s.io/pvc/namespace", "theirs"),
+            ("csi.storage.k8s.io/pvc/name", "claim"),
+        ];
+        assert_eq!(
+            parse(&forged).unwrap().requester,
+            Requester { namespace: Some("own".into()), ..Requester::default() }
+        );
+        assert_eq!(parse(&[forged[0], forged[2]]).unwrap().requester, Requester::default());
+        let map = forged.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        assert_eq!(Attributes::parse(&map, AskedFor::Claim).unwrap().requester.claim(), "theirs/claim");
     }
 
     #[test]

@@ -140,6 +140,17 @@ pub struct Credentials {
     pub identity: Option<Digest>,
 }
 
+impl Credentials {
+    /// Stands for what they open, so that it can be remembered that a place has accepted exactly these: SHA-256 over who brought them and the
+    /// secrets themselves, which a password of few characters does not hide from whoever can read it.
+    pub(crate) fn fingerprint(&self) -> Digest {
+        let s3 = self.s3.as_ref().map(|keys| (&keys.access_key, &keys.secret_key, &keys.session_token));
+        Digest::of(
+            serde_json::json!([self.identity.map(|who| who.hex()), self.docker_config, s3]).to_string().as_bytes(),
+        )
+    }
+}
+
 impl Debug for Credentials {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Credentials").field("identity", &self.identity).finish_non_exhaustive()

@@ -7,7 +7,7 @@ use clip_csi::csi::proto::v1::{
     GetPluginCapabilitiesRequest, ListVolumesRequest, ProbeRequest, ValidateVolumeCapabilitiesRequest, Volume,
     VolumeContentSource,
 };
-use clip_csi::csi::volume_context::Attributes;
+use clip_csi::csi::volume_context::{AskedFor, Attributes};
 use clip_csi::units::Platform;
 use tonic::Code;
 
@@ -60,7 +60,7 @@ async fn a_volume_is_pinned_stored_recorded_and_understood_by_the_node() {
     let digits = volume.volume_id.strip_prefix("v1-").unwrap();
     assert!(digits.len() == 32 && digits.bytes().all(|b| b.is_ascii_hexdigit()), "{}", volume.volume_id);
 
-    let attributes = Attributes::parse(&volume.volume_context).unwrap();
+    let attributes = Attributes::parse(&volume.volume_context, AskedFor::Pod).unwrap();
     assert_eq!(volume.volume_context["image"], format!("registry.example/team/app@{MANIFEST}"));
     assert_eq!((attributes.clip_version, attributes.platform), (Some(Version::V2), Some(Platform::host())));
     assert_eq!(attributes.sub_path.as_deref(), Some("usr"));
@@ -119,7 +119,7 @@ async fn an_image_of_a_layout_becomes_a_v1_archive_of_the_store() {
     let archive = &volume.volume_context["archive"];
     assert!(archive.starts_with("s3://store/archives/") && archive.ends_with("-v1.clip"), "{archive}");
     assert!(!volume.volume_context.contains_key("image"));
-    Attributes::parse(&volume.volume_context).unwrap();
+    Attributes::parse(&volume.volume_context, AskedFor::Pod).unwrap();
 }
 
 #[tokio::test]

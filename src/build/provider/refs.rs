@@ -3,7 +3,7 @@
 //! One JSON file per (reference, platform). Losing one costs a question to the registry, nothing else, so damage is
 //! treated as absence.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::PathBuf;
 
@@ -26,8 +26,16 @@ pub(super) struct RefRecord {
     /// As the image states it: more exact, as a rule, than what was asked for. Archives are named by it.
     pub(super) platform: Platform,
     public: bool,
-    /// Scope digest per identity that the registry let in: `(identity, scope)`.
-    admitted: BTreeSet<(Digest, Digest)>,
+    /// Whom the registry let in: by identity, the scope and the credentials that it took last.
+    admitted: BTreeMap<Digest, Admitted>,
+}
+
+/// Of one identity.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Admitted {
+    scope: Digest,
+    /// [`Credentials::fingerprint`]: an identity is a name, which others may give too.
+    credentials: Digest,
 }
 
 impl RefRecord {
@@ -38,19 +46,19 @@ impl RefRecord {
 
     /// The registry has let these credentials in, or lets everybody in.
     pub(super) fn admits(&self, credentials: &Credentials) -> bool {
-        self.public || self.scope_of(credentials).is_some()
+        let same = |known: &Admitted| known.credentials == credentials.fingerprint();
+        self.public || self.known(credentials).is_some_and(same)
     }
 
-    fn scope_of(&self, credentials: &Credentials) -> Option<Digest> {
-        let identity = credentials.identity?;
-        self.admitted.iter().find(|(known, _)| *known == identity).map(|(_, scope)| *scope)
+    fn known(&self, credentials: &Credentials) -> Option<&Admitted> {
+        self.admitted.get(&credentials.identity?)
     }
 
     /// The scope in which these credentials share what is fetched. A stranger's own identity is a scope of its own.
     pub(super) fn scope_for(&self, credentials: &Credentials) -> Scope {
-        match (self.public, self.scope_of(credentials)) {
+        match (self.public, self.known(credentials)) {
             (true, _) => Scope::Public,
-            (false, Some(scope)) => Scope::Private(scope),
+            (false, Some(known)) => Scope::Private(known.scope),
             (false, None) => Scope::Private(credentials.identity.unwrap_or(self.manifest_digest)),
         }
     }
@@ -95,12 +103,12 @@ impl RefRecords {
                 manifest_digest,
                 platform: platform.clone(),
                 public: false,
-                admitted: BTreeSet::new(),
+                admitted: BTreeMap::new(),
             });
         record.platform = platform;
         record.public = scope == Scope::Public;
         if let (Scope::Private(scope), Some(identity)) = (scope, credentials.identity) {
-            record.admitted.insert((identity, scope));
+            record.admitted.insert(identity, Admitted { scope, credentials: credentials.fingerprint() });
         }
         if let Err(error) = self.write(key, &record) {
             warn!(%error, "a resolved reference can't be remembered: the registry will be asked again");
@@ -133,6 +141,22 @@ mod tests {
         assert!(record.admits(&who("alice")) && !record.admits(&who("bob")) && !record.admits(&Credentials::default()));
         assert_eq!(record.scope_for(&who("alice")), scope);
         assert_ne!(record.scope_for(&who("bob")), scope);
+    }
+
+    /// Namespace and user name make an identity; the password is not in it.
+    #[test]
+    fn whoever_gives_the_same_name_needs_the_credentials_that_the_registry_took() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = RefRecords::new(dir.path().to_owned());
+        let with = |config: &str| Credentials { docker_config: Some(config.into()), ..who("alice") };
+        let named = || (Digest::of(b"m"), Platform::host());
+        let scope = Scope::Private(Digest::of(b"scope"));
+        records.remember("k", named(), scope, &with("good"));
+        let record = records.load("k").unwrap();
+        assert!(record.admits(&with("good")) && !record.admits(&with("guess")) && !record.admits(&who("alice")));
+        records.remember("k", named(), scope, &with("rotated"));
+        let record = records.load("k").unwrap();
+        assert!(record.admits(&with("rotated")) && !record.admits(&with("good")), "the last that was taken counts");
     }
 
     #[test]
