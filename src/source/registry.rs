@@ -176,6 +176,7 @@ impl Registries {
         }
         let login = access.fingerprint();
         access.remembered(&digest, login, ask(access.clone())).await?;
+        access.proven();
         Ok(Scope::private(&access.authority, &access.repository, &identity))
     }
 
@@ -202,6 +203,7 @@ impl Registries {
             let asked = access.remembered(&digest, None, async move { anonymous.has_manifest(&digest).await }).await;
             if asked.is_err() {
                 resolved.scope = Scope::private(&access.authority, &access.repository, &identity);
+                access.proven();
             }
         }
         Ok(resolved)
@@ -234,6 +236,7 @@ impl Registries {
                 endpoint: Arc::new(endpoint),
                 repository: repository.into(),
                 slot,
+                whose,
                 http: inner.http.clone(),
                 tokens: inner.tokens.clone(),
                 actions: auth::PULL,
@@ -306,7 +309,8 @@ impl Inner {
         Ok(login.map(|login| (login, node_identity())))
     }
 
-    /// The slot that all sources of one identity share; the newest login is everybody's.
+    /// The slot that all sources of one identity share, where it holds this login. Another login gets one of its own until it has proven
+    /// good ([`Access::proven`]): a wrong one must not break what lives on.
     fn slot(&self, identity: Option<Digest>, authority: &str, repository: &str, login: Option<Login>) -> Arc<Slot> {
         let Some(identity) = identity else { return Arc::new(Slot::new(login)) };
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
@@ -314,13 +318,15 @@ impl Inner {
             slots.retain(|_, slot| slot.strong_count() > 0);
         }
         let key = (identity, authority.to_owned(), repository.to_owned());
-        if let Some(slot) = slots.get(&key).and_then(Weak::upgrade) {
-            slot.set(login);
-            return slot;
+        match slots.get(&key).and_then(Weak::upgrade) {
+            Some(slot) if slot.get() == login => slot,
+            Some(_) => Arc::new(Slot::new(login)),
+            None => {
+                let slot = Arc::new(Slot::new(login));
+                slots.insert(key, Arc::downgrade(&slot));
+                slot
+            }
         }
-        let slot = Arc::new(Slot::new(login));
-        slots.insert(key, Arc::downgrade(&slot));
-        slot
     }
 
     fn is_down(&self, mirror: &str) -> bool {
@@ -409,6 +415,19 @@ impl Access {
             detail: "no registry is configured for it".into(),
         })?;
         Ok(Session { actions, ..session })
+    }
+
+    /// The registry has taken these logins: from now on they are those of all sources of the same identities.
+    fn proven(&self) {
+        let mut slots = self.inner.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        for session in &self.sessions {
+            let (Some(identity), Some(login)) = (session.whose, session.slot.get()) else { continue };
+            let key = (identity, session.endpoint.authority.clone(), session.repository.to_string());
+            match slots.get(&key).and_then(Weak::upgrade) {
+                Some(shared) => shared.set(Some(login)),
+                None => drop(slots.insert(key, Arc::downgrade(&session.slot))),
+            }
+        }
     }
 
     /// Of all logins.
@@ -604,6 +623,9 @@ mod tests {
         let old = registries.access("h", "a", &credentials("old")).await.unwrap();
         let before = old.fingerprint();
         let new = registries.access("h", "a", &credentials("new")).await.unwrap();
+        assert_eq!(old.fingerprint(), before, "nobody has taken the new one yet");
+        assert_ne!(new.fingerprint(), before);
+        new.proven();
         assert_ne!(old.fingerprint(), before);
         assert_eq!(old.fingerprint(), new.fingerprint());
         let other = Credentials { identity: Some(Digest::of(b"another")), ..credentials("other") };

@@ -45,7 +45,7 @@ pub(super) struct Endpoint {
 }
 
 /// The login that one identity has for one repository. Shared by all sources of that identity, so that a rotated secret
-/// reaches mounts that live on.
+/// reaches mounts that live on, once the registry has taken it.
 #[derive(Debug, Default)]
 pub(super) struct Slot(Mutex<Option<Login>>);
 
@@ -115,6 +115,8 @@ pub(super) struct Session {
     pub(super) endpoint: Arc<Endpoint>,
     pub(super) repository: Arc<str>,
     pub(super) slot: Arc<Slot>,
+    /// Whose login that is.
+    pub(super) whose: Option<Digest>,
     pub(super) http: Arc<Http>,
     pub(super) tokens: Arc<Tokens>,
     /// What a token is asked for: [`PULL`] and more.
@@ -426,6 +428,7 @@ mod tests {
             endpoint: Arc::new(endpoint),
             repository: "r".into(),
             slot: Arc::default(),
+            whose: None,
             http: Arc::new(Http::new(trusted, &SourceConfig::default())),
             tokens: Arc::default(),
             actions: PULL,
