@@ -127,6 +127,17 @@ pub struct MountSpec {
     pub credentials: Credentials,
 }
 
+impl MountSpec {
+    /// The credentials that fetch the data, for all who share the mount. An image that everybody may pull is pulled as nobody: one pod's
+    /// login is not spent on others, nor does its end take the data from them.
+    fn lent(&self) -> Credentials {
+        match self.pin {
+            Some(_) if self.scope == "public" => Credentials::default(),
+            _ => self.credentials.clone(),
+        }
+    }
+}
+
 /// Where to show it.
 #[derive(Debug, Clone)]
 pub struct TargetSpec {

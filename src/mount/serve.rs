@@ -130,7 +130,7 @@ impl Server for FuseServers {
         let options = OpenOptions {
             root: spec.root,
             integrity: spec.integrity,
-            credentials: spec.credentials.clone(),
+            credentials: spec.lent(),
             scope: spec.scope.clone(),
         };
         let opened = fs::open(self.source(spec).await?, &self.sources, &self.cache, &options).await?;

@@ -62,8 +62,9 @@ impl Shared {
 
     /// Takes credentials of the mount's own scope that were admitted just now: they are newer than what it has.
     fn renew(&self, spec: &MountSpec) {
-        if spec.credentials.identity.is_some() {
-            self.image.renew(&spec.credentials);
+        let lent = spec.lent();
+        if lent.identity.is_some() {
+            self.image.renew(&lent);
             self.access.store(BROUGHT, Ordering::Relaxed);
         }
     }

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
+use crate::build::provider::ImageServiceConfig;
 use crate::fs::{Integrity, RootView};
 use crate::metrics::metrics;
-use crate::source::{Credentials, Location, S3Keys};
+use crate::source::{Credentials, Location, Policy, S3Keys};
 
 use super::key;
 use super::sys::{self, Liveness};
@@ -857,4 +858,26 @@ async fn a_private_volume_that_came_back_says_that_its_credentials_are_gone_unti
         assert_eq!(manager.stats(&target).await.unwrap().abnormal, None);
         fake.die();
     }
+}
+
+#[tokio::test]
+async fn the_data_of_an_image_that_everybody_may_pull_is_fetched_with_nobodys_login() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.clip");
+    std::fs::write(&path, b"an archive of the node's").unwrap();
+    let config = ImageServiceConfig { archive_dir: dir.path().to_owned(), ..Default::default() };
+    let sources = Sources::new(Policy { trusted: true, config: Default::default() }).unwrap();
+    let pin = Provider::new(config, sources).unwrap().pin(&path);
+    assert!(pin.is_some());
+    let credentials = Credentials { identity: Some(Digest::of(b"ns/secret/uid")), ..Credentials::default() };
+    let spec = |scope: &str, pin: &Option<Arc<Pin>>| MountSpec {
+        scope: scope.into(),
+        pin: pin.clone(),
+        credentials: credentials.clone(),
+        ..spec("/a")
+    };
+    assert_eq!(spec("public", &pin).lent().identity, None);
+    assert_eq!(spec("private", &pin).lent().identity, credentials.identity);
+    // An archive that the volume itself names says nothing of where its data lies.
+    assert_eq!(spec("public", &None).lent().identity, credentials.identity);
 }
