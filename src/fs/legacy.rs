@@ -62,14 +62,13 @@ pub(super) struct Geometry {
     whole: Vec<FileRange>,
     /// Files that do not, by offset.
     pub(super) spread: Vec<FileRange>,
-    /// No two of `spread` share a byte: a lookup may stop early.
-    disjoint: bool,
     /// Over the boundaries, the files and their hashes: archives that disagree about any of them share no cache file.
     pub(super) digest: Digest,
 }
 
 impl Geometry {
-    /// O(n log n) in the files of the tree. Files that claim bytes beyond `len` are left out: their reads fail.
+    /// O(n log n) in the files of the tree. Files that claim bytes beyond `len` are left out: their reads fail. Files that share bytes, but for
+    /// several names of the very same, are refused: no archiver writes them, and each would have its bytes hashed again.
     pub(super) fn new(tree: &Tree, len: u64) -> Result<Self, CacheError> {
         let mut files: Vec<FileRange> = (0..tree.len() as u32)
             .map(NodeId)
@@ -82,6 +81,15 @@ impl Geometry {
             })
             .collect();
         files.sort_unstable_by_key(|f| (f.offset, f.len, f.node.0));
+        let same = |a: &FileRange, b: &FileRange| {
+            (a.offset, a.len, tree.content_hash(a.node)) == (b.offset, b.len, tree.content_hash(b.node))
+        };
+        files.dedup_by(|next, first| same(first, next));
+        if let Some([a, b]) = files.array_windows().find(|[a, b]| a.range().end > b.offset) {
+            let name = |file: &FileRange| String::from_utf8_lossy(tree.name(file.node)).into_owned();
+            let detail = format!("the files {:?} and {:?} claim the same bytes", name(a), name(b));
+            return Err(CacheError::Corrupt { what: "the v1 archive".into(), detail });
+        }
         let bounds = cut(&files, len)?;
         let mut hash = sha2::Sha256::new();
         bounds.iter().for_each(|b| hash.update(b.to_le_bytes()));
@@ -95,8 +103,7 @@ impl Geometry {
             let span_end = bounds.get(bounds.partition_point(|b| *b <= file.offset)).copied().unwrap_or(len);
             if end <= span_end { whole.push(file) } else { spread.push(file) }
         }
-        let disjoint = spread.windows(2).all(|w| matches!(w, [a, b] if a.offset + a.len <= b.offset));
-        Ok(Self { bounds: bounds.into(), whole, spread, disjoint, digest: Digest(hash.finalize().into()) })
+        Ok(Self { bounds: bounds.into(), whole, spread, digest: Digest(hash.finalize().into()) })
     }
 
     /// First byte and one past the last of a span.
@@ -114,10 +121,8 @@ impl Geometry {
     fn spread_in(&self, range: &Range<u64>) -> impl Iterator<Item = usize> + use<'_> {
         let range = range.clone();
         let last = self.spread.partition_point(|f| f.offset < range.end);
-        let hits = move |i: &usize| self.spread.get(*i).is_some_and(|f| f.overlap(&range) > 0);
-        let stops_early = self.disjoint;
-        let (go_on, is_hit) = (hits.clone(), hits);
-        (0..last).rev().take_while(move |i| !stops_early || go_on(i)).filter(is_hit)
+        // None of them shares a byte with another.
+        (0..last).rev().take_while(move |i| self.spread.get(*i).is_some_and(|f| f.overlap(&range) > 0))
     }
 
     /// The files that lie whole in `range`.
@@ -308,8 +313,7 @@ impl LegacyBlob {
             .filter_map(|file| geometry.spread.get(file).map(|f| f.overlap(range)))
             .sum();
         if bytes > 0 {
-            // Files that overlap each other, in an archive that nobody honest wrote, are not counted twice.
-            metrics().unverified_read_bytes.inc_by(bytes.min(range.end - range.start));
+            metrics().unverified_read_bytes.inc_by(bytes);
         }
     }
 

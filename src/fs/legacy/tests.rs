@@ -248,15 +248,46 @@ fn an_absurd_length_costs_no_memory() {
     assert!(matches!(Geometry::new(&tree, u64::MAX), Err(CacheError::Corrupt { .. })));
 }
 
+/// Each of them would have the same bytes hashed once more, at every fill.
+#[test]
+fn files_that_share_bytes_are_refused_but_for_names_of_the_same() {
+    let geometry = |files: &[(u64, u64, Option<&[u8]>)]| {
+        let mut builder = TreeBuilder::default();
+        for (i, (offset, size, content)) in files.iter().enumerate() {
+            let content_hash = content.map(Digest::of);
+            let entry = Entry { size: *size, offset: *offset, content_hash, ..Entry::new(Kind::File, 0o644) };
+            builder.insert(format!("/{i}").as_bytes(), entry);
+        }
+        Geometry::new(&builder.finish().unwrap(), 1 << 20)
+    };
+    let twice = geometry(&[(100, 50, Some(b"x")), (100, 50, Some(b"x")), (200, 50, None)]).unwrap();
+    assert_eq!(twice.whole.len(), 2, "checked once");
+    for shared in [
+        [(100, 50, Some(&b"x"[..])), (100, 50, Some(b"y"))],
+        [(100, 50, Some(b"x")), (100, 50, None)],
+        [(100, 50, None), (149, 50, None)],
+    ] {
+        let error = geometry(&shared).unwrap_err().to_string();
+        assert!(error.contains("claim the same bytes"), "{error}");
+    }
+    assert!(geometry(&[(100, 50, None), (150, 50, None)]).is_ok());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
-    /// Also for files that overlap, or lie beyond the end.
+    /// Also where files lie beyond the end.
     #[test]
     fn any_archive_is_cut_into_spans_that_hold_what_they_can(
-        files in prop::collection::vec((0u64..9_000_000, 1u64..3_000_000), 0..40),
+        gaps in prop::collection::vec((0u64..40_000, prop_oneof![1u64..60_000, 1u64..3_000_000]), 0..40),
         len in 0u64..12_000_000,
     ) {
+        let place = |at: &mut u64, (gap, size): &(u64, u64)| {
+            let offset = *at + gap;
+            *at = offset + size;
+            Some((offset, *size))
+        };
+        let files: Vec<(u64, u64)> = gaps.iter().scan(0, place).collect();
         let mut builder = TreeBuilder::default();
         for (i, (offset, size)) in files.iter().enumerate() {
             let entry = Entry { size: *size, offset: *offset, ..Entry::new(Kind::File, 0o644) };
