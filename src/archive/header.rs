@@ -4,9 +4,9 @@ use super::ArchiveError;
 
 /// Length of the header in bytes.
 pub const HEADER_LEN: usize = 54;
-/// Longest index that is read, in bytes. At some 150 bytes a name this is 7 million names; the largest images have one.
+/// Longest index that is written or read, in bytes. At some 150 bytes a name this is 1.7 million names; the largest images have one.
 /// It bounds what an archive can make a node fetch and hold before anything is known of it.
-pub const MAX_INDEX_LEN: u64 = 1 << 30;
+pub const MAX_INDEX_LEN: u64 = 256 << 20;
 /// Longest storage info that is read, in bytes. That of a 10 GB image with checkpoints every 2 MiB is 100 KB.
 pub const MAX_STORAGE_INFO_LEN: u64 = 64 << 20;
 

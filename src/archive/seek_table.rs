@@ -144,7 +144,7 @@ pub struct SeekTable {
 }
 
 /// Longest seek table that is read, in bytes; as for the index. That of a 10 GB image in 1 MiB spans takes about 50 MB.
-pub const MAX_SEEK_TABLE_LEN: u64 = 1 << 30;
+pub const MAX_SEEK_TABLE_LEN: u64 = 256 << 20;
 
 const MAGIC: [u8; 8] = *b"XClipSk\n";
 const MAJOR: u16 = 1;

@@ -9,6 +9,7 @@ mod legacy;
 pub(crate) mod mountinfo;
 pub mod open;
 mod parts;
+mod room;
 pub mod verify;
 
 pub use blob::Blob;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::try_join;
 use serde::Deserialize;
+use tokio::sync::SemaphorePermit;
 
 use super::legacy;
 use super::parts::{CacheContext, LazySource, Part, Shape, Tables};
@@ -104,9 +105,10 @@ pub async fn open(
     let what = archive.describe();
     let bad = |source| OpenError::Archive { what: what.clone(), source };
     let invalid = |detail: String| OpenError::Invalid { what: what.clone(), detail };
-    let [header, index, storage_info] = fetch(archive.as_ref()).await?;
+    let ([header, index, storage_info], room) = fetch(archive.as_ref()).await?;
     // Tens of milliseconds for a large index: not on the runtime's threads.
     let decoded = tokio::task::spawn_blocking(move || {
+        let _room = room;
         let mut decoded = crate::archive::decode(&header, &index, &storage_info)?;
         let tree = std::mem::replace(&mut decoded.tree, TreeBuilder::default().finish()?);
         Ok((decoded, tree))
@@ -165,7 +167,8 @@ async fn content(decoded: &Archive, parts: &[Arc<Part>], archive: &dyn BlobSourc
 
 /// Header, index and storage info in two requests (three where the latter two lie far apart). The header comes first, since
 /// a source that answers it knows the size too.
-async fn fetch(archive: &dyn BlobSource) -> Result<[Bytes; 3], OpenError> {
+/// Header, index and storage info, and the room that they take among all archives that are being opened.
+async fn fetch(archive: &dyn BlobSource) -> Result<([Bytes; 3], Option<SemaphorePermit<'static>>), OpenError> {
     let bad = |source| OpenError::Archive { what: archive.describe(), source };
     let need = HEADER_LEN as u64;
     let first = match archive.read_range(0..need).await {
@@ -180,6 +183,7 @@ async fn fetch(archive: &dyn BlobSource) -> Result<[Bytes; 3], OpenError> {
     let size = archive.stat().await?.size;
     let header = Header::decode(&first).map_err(bad)?;
     header.check(size).map_err(bad)?;
+    let room = super::room::take(header.index.1.saturating_add(header.storage_info.1)).await;
     let range = |(pos, len): (u64, u64)| if len == 0 { 0..0 } else { pos..pos.saturating_add(len) };
     let (index, storage) = (range(header.index), range(header.storage_info));
     let near = index.end.max(storage.end) - index.start.min(storage.start)
@@ -194,7 +198,7 @@ async fn fetch(archive: &dyn BlobSource) -> Result<[Bytes; 3], OpenError> {
     } else {
         try_join(archive.read_range(index), archive.read_range(storage)).await?
     };
-    Ok([first, index, storage])
+    Ok(([first, index, storage], room))
 }
 
 /// Where the data lies that is not in the archive itself: the S3 object (v1), the layers in their order (v2).

@@ -120,8 +120,10 @@ impl Tables {
         };
         let end = pos.checked_add(len).filter(|_| len <= MAX_SEEK_TABLE_LEN);
         let end = end.ok_or_else(|| corrupt(format!("{len} bytes at {pos}; the limit is {MAX_SEEK_TABLE_LEN}")))?;
+        let room = super::room::take(len).await;
         let bytes = self.source.read_range(pos..end).await?;
         let decoded = tokio::task::spawn_blocking(move || {
+            let _room = room;
             let have = Digest::of(&bytes);
             if have == digest {
                 SeekTable::decode(&bytes).map_err(|error| error.to_string())
