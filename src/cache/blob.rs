@@ -9,7 +9,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, TryFutureExt, TryStreamExt};
 use tokio::sync::watch;
 
-use super::flight::{self, Priority};
+use super::flight::{self, Priority, Wanted};
 use super::space::Space;
 use super::store::{Outcome, Store};
 use super::{CacheError, SpanFiller};
@@ -46,17 +46,13 @@ impl Parts {
 #[derive(Debug)]
 pub struct CachedBlob {
     space: Arc<Space>,
-    store: Arc<Store>,
+    pub(super) store: Arc<Store>,
     filler: Arc<dyn SpanFiller>,
 }
 
 impl CachedBlob {
     pub(super) fn new(space: Arc<Space>, store: Arc<Store>, filler: Arc<dyn SpanFiller>) -> Self {
         Self { space, store, filler }
-    }
-
-    pub(super) fn store(&self) -> &Arc<Store> {
-        &self.store
     }
 
     /// Length of the uncompressed blob.
@@ -101,14 +97,22 @@ impl CachedBlob {
             // Each as soon as it is there: what waits for its turn to be copied would count for nobody's memory.
             let mut coming: FuturesUnordered<_> = if round < ROUNDS {
                 let flights = self.want(parts.missing.iter().copied(), Priority::Foreground);
-                let come = |(ix, flight)| landed(flight).map_ok(move |filled| (ix, filled.bytes)).boxed();
-                flights.into_iter().map(come).collect()
+                let come = |Wanted { ix, outcome, foreign }| async move {
+                    match landed(outcome).await {
+                        Ok(filled) => Ok((ix, Some(filled.bytes))),
+                        // In the next round with our own source and login.
+                        Err(_) if foreign => Ok((ix, None)),
+                        Err(error) => Err(error),
+                    }
+                };
+                flights.into_iter().map(|wanted| come(wanted).boxed()).collect()
             } else {
-                let fetch = |ix| self.fetch(ix).map_ok(move |bytes| (ix, bytes)).boxed();
+                let fetch = |ix| self.fetch(ix).map_ok(move |bytes| (ix, Some(bytes))).boxed();
                 parts.missing.iter().copied().map(fetch).collect()
             };
             let mut came = Vec::new();
             while let Some((ix, bytes)) = coming.try_next().await? {
+                let Some(bytes) = bytes else { continue };
                 let span = self.store.span(ix);
                 // All of it within one span: no copy.
                 if spans.len() == 1 {
@@ -184,15 +188,15 @@ impl CachedBlob {
             // The semaphore is never closed.
             let _permit = self.space.background.acquire().await;
             let _ = self.space.urgent.subscribe().wait_for(|n| *n == 0).await;
-            for (_, flight) in self.want(first..end, Priority::Background) {
-                landed(flight).await?;
+            for Wanted { outcome, .. } in self.want(first..end, Priority::Background) {
+                landed(outcome).await?;
             }
         }
         Ok(())
     }
 
     /// Flights for those of `spans` that are not in the file, started where none is under way.
-    fn want(&self, spans: impl Iterator<Item = u32>, priority: Priority) -> Vec<(u32, watch::Receiver<Outcome>)> {
+    fn want(&self, spans: impl Iterator<Item = u32>, priority: Priority) -> Vec<Wanted> {
         flight::want(&self.space, &self.store, &self.filler, spans, priority)
     }
 }

@@ -172,4 +172,8 @@ impl SpanFiller for TableFiller {
     fn describe(&self) -> String {
         self.source.describe()
     }
+
+    fn place(&self) -> String {
+        self.source.place()
+    }
 }

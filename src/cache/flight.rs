@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::fill::STEP;
 use super::space::Space;
-use super::store::{Outcome, Store, lock};
+use super::store::{Joined, Outcome, Store, lock};
 use super::{CacheError, Filled, SpanFiller};
 use crate::archive::SpanIx;
 use crate::metrics::metrics;
@@ -46,6 +46,14 @@ struct Batch {
     run: bool,
 }
 
+/// A span that is on its way.
+pub(super) struct Wanted {
+    pub(super) ix: u32,
+    pub(super) outcome: watch::Receiver<Outcome>,
+    /// Another filler fetches it: if that fails, ours may succeed.
+    pub(super) foreign: bool,
+}
+
 /// Flights for those of `spans` (ascending) that are not in the file, started where none is under way.
 pub(super) fn want(
     space: &Arc<Space>,
@@ -53,7 +61,9 @@ pub(super) fn want(
     filler: &Arc<dyn SpanFiller>,
     spans: impl Iterator<Item = u32>,
     priority: Priority,
-) -> Vec<(u32, watch::Receiver<Outcome>)> {
+) -> Vec<Wanted> {
+    let own = Arc::as_ptr(filler).cast::<()>().addr();
+    let known = |ix: u32, (outcome, whose): &Joined| Wanted { ix, outcome: outcome.clone(), foreign: *whose != own };
     let mut wanted = Vec::new();
     let mut batches: Vec<Batch> = Vec::new();
     {
@@ -64,7 +74,7 @@ pub(super) fn want(
                 continue;
             }
             if let Some(flight) = flights.get(&ix) {
-                wanted.push((ix, flight.clone()));
+                wanted.push(known(ix, flight));
                 continue;
             }
             let run = filler.run(SpanIx(ix));
@@ -75,7 +85,7 @@ pub(super) fn want(
                     continue;
                 }
                 let sender = watch::Sender::new(None);
-                flights.insert(ix, sender.subscribe());
+                flights.insert(ix, (sender.subscribe(), own));
                 let span = store.span(ix);
                 let (cost, bytes) = (filler.cost(SpanIx(ix)), span.end - span.start);
                 match batches.last_mut() {
@@ -98,7 +108,7 @@ pub(super) fn want(
                 }
             }
             if let Some(flight) = flights.get(&ix) {
-                wanted.push((ix, flight.clone()));
+                wanted.push(known(ix, flight));
             }
         }
     }
@@ -154,7 +164,10 @@ impl Drop for Flight {
 
 async fn fly(mut flight: Flight, filler: Arc<dyn SpanFiller>, run: bool) {
     let space = flight.space.clone();
-    // The semaphore is never closed.
+    let share = space.place(filler.place());
+    // The semaphores are never closed. Its place's share first: who waits there holds nothing of what is for all.
+    let _part = if flight.urgent { share.foreground.acquire().await.ok() } else { None };
+    let _part_of_memory = share.memory(flight.memory).await;
     let _slot = if flight.urgent { space.foreground.acquire().await.ok() } else { None };
     let _memory = space.memory(flight.memory).await;
     let (Some((first, _)), Some((last, _))) = (flight.pending.first_key_value(), flight.pending.last_key_value())

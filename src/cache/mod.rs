@@ -136,6 +136,10 @@ pub trait SpanFiller: Send + Sync + std::fmt::Debug {
     }
     /// What it is, for messages.
     fn describe(&self) -> String;
+    /// Where it fetches from: [`BlobSource::place`].
+    fn place(&self) -> String {
+        self.describe()
+    }
 }
 
 /// The cache of one node. One process owns the directory (locked).

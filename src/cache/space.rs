@@ -40,6 +40,8 @@ const TABLE_AGE: Duration = Duration::from_secs(30 * 24 * 3600);
 const BACKGROUND: usize = 2;
 /// Fills that readers wait for at the same time; what they hold in memory is bounded by `cache.fillBytes`.
 const FOREGROUND: usize = 32;
+/// Of both, what fills from one place may take: a registry that does not answer leaves the other half to all others.
+const PART_OF_ONE: usize = 2;
 /// Unit of that bound: a semaphore counts in 32 bits.
 const KIB: u64 = 1 << 10;
 /// Layers that are indexed at the same time, some 8 MiB each.
@@ -54,7 +56,27 @@ struct Known {
     /// When the time was last written to the disk.
     stamped: Option<SystemTime>,
     store: Weak<Store>,
-    blob: Weak<CachedBlob>,
+}
+
+/// What one place may take of the slots and of the memory.
+#[derive(Debug)]
+pub(super) struct PlaceShare {
+    pub(super) foreground: Semaphore,
+    memory: Semaphore,
+    memory_kib: u32,
+}
+
+impl PlaceShare {
+    /// As [`Space::memory`].
+    pub(super) async fn memory(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
+        acquire(&self.memory, self.memory_kib, bytes).await
+    }
+}
+
+async fn acquire(memory: &Semaphore, all: u32, bytes: u64) -> Option<SemaphorePermit<'_>> {
+    let kib = u32::try_from(bytes.div_ceil(KIB)).unwrap_or(u32::MAX).min(all);
+    // The semaphore is never closed.
+    memory.acquire_many(kib).await.ok()
 }
 
 #[derive(Debug, Default)]
@@ -90,6 +112,8 @@ pub(super) struct Space {
     memory: Semaphore,
     /// All of them.
     memory_kib: u32,
+    /// The shares of places from which something is fetched.
+    places: Mutex<HashMap<String, Weak<PlaceShare>>>,
     /// Fills in flight that a reader waits for.
     pub(super) urgent: watch::Sender<usize>,
     /// All fills in flight.
@@ -162,6 +186,7 @@ impl Space {
             squeezed: Mutex::default(),
             complained: Mutex::default(),
             bell: Arc::default(),
+            places: Mutex::default(),
             background: Semaphore::new(BACKGROUND),
             foreground: Semaphore::new(FOREGROUND),
             memory: Semaphore::new(memory_kib as usize),
@@ -190,9 +215,24 @@ impl Space {
 
     /// Waits until a fill that holds `bytes` may begin. One that is larger than the whole bound goes alone.
     pub(super) async fn memory(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
-        let kib = u32::try_from(bytes.div_ceil(KIB)).unwrap_or(u32::MAX).min(self.memory_kib);
-        // The semaphore is never closed.
-        self.memory.acquire_many(kib).await.ok()
+        acquire(&self.memory, self.memory_kib, bytes).await
+    }
+
+    /// The share of a place.
+    pub(super) fn place(&self, name: String) -> Arc<PlaceShare> {
+        let mut places = lock(&self.places);
+        if let Some(share) = places.get(&name).and_then(Weak::upgrade) {
+            return share;
+        }
+        places.retain(|_, share| share.strong_count() > 0);
+        let memory_kib = (self.memory_kib / PART_OF_ONE as u32).max(1);
+        let share = Arc::new(PlaceShare {
+            foreground: Semaphore::new(FOREGROUND / PART_OF_ONE),
+            memory: Semaphore::new(memory_kib as usize),
+            memory_kib,
+        });
+        places.insert(name, Arc::downgrade(&share));
+        share
     }
 
     pub(super) fn used(&self) -> u64 {
@@ -205,7 +245,7 @@ impl Space {
         metrics().cache_used_bytes.set(before.wrapping_add(change as u64) as f64);
     }
 
-    /// The blob of a key: the one that is open, or opened.
+    /// The blob of a key. Its file is shared with all who have it open; what is missing, each fetches from where it has it, with its own login.
     pub(super) fn blob(
         self: &Arc<Self>,
         key: CacheKey,
@@ -219,9 +259,6 @@ impl Space {
             what: filler.describe(),
             detail: "its spans are not those that are being read under the same key".into(),
         };
-        if let Some(blob) = entry.blob.upgrade() {
-            return if blob.store().bounds == bounds { Ok(blob) } else { Err(other()) };
-        }
         let store = match entry.store.upgrade() {
             Some(store) if store.bounds == bounds => store,
             Some(_) => return Err(other()),
@@ -238,9 +275,7 @@ impl Space {
         };
         entry.last_used = Some(SystemTime::now());
         entry.store = Arc::downgrade(&store);
-        let blob = Arc::new(CachedBlob::new(self.clone(), store, filler));
-        entry.blob = Arc::downgrade(&blob);
-        Ok(blob)
+        Ok(Arc::new(CachedBlob::new(self.clone(), store, filler)))
     }
 
     /// Takes over a finished data file and its marks; `false`: the key is there already, or it can't be done.

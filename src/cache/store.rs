@@ -33,6 +33,9 @@ const DROP_BEHIND: usize = 128 << 10;
 /// What waiters of a fill see: nothing yet, the bytes, or why there are none.
 pub(super) type Outcome = Option<Result<Filled, CacheError>>;
 
+/// A flight that may be joined, and whose it is: by the address of the filler, which is one of each blob that is open.
+pub(super) type Joined = (watch::Receiver<Outcome>, usize);
+
 /// A set of spans, changed without locks.
 #[derive(Debug)]
 pub(super) struct Bits(Box<[AtomicU64]>);
@@ -88,7 +91,7 @@ pub(super) struct Store {
     /// Disk space, as far as known. Shared with the registry, which outlives us.
     pub(super) allocated: Arc<AtomicU64>,
     /// Fills in flight.
-    pub(super) flights: Mutex<HashMap<u32, watch::Receiver<Outcome>>>,
+    pub(super) flights: Mutex<HashMap<u32, Joined>>,
     /// Read since the janitor looked last.
     pub(super) used: AtomicBool,
     /// `None`: the disk has no room even for the files; everything is served uncached.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use futures::stream::BoxStream;
+use futures::stream::{BoxStream, FuturesUnordered};
 use futures::{FutureExt, StreamExt};
 use tokio::sync::Semaphore;
 
@@ -279,7 +279,7 @@ async fn a_fill_of_another_length_is_corrupt_and_nothing_is_kept() {
     let error = blob.read(0, 40_000).await.unwrap_err();
     assert!(matches!(&error, CacheError::Corrupt { what, detail } if what == "the fake" && detail.contains("9999")));
     cache.flush().await;
-    assert!((0..4).all(|ix| !blob.store().has(ix)));
+    assert!((0..4).all(|ix| !blob.store.has(ix)));
 }
 
 #[tokio::test]
@@ -441,7 +441,7 @@ async fn images_that_agree_share_one_file() {
     let (one, two) = (Memory::new(plain.clone()), Memory::new(plain.clone()));
     let table = table(&plain, Compression::None, 20_000);
     let (a, b) = (open_table(&cache, &one, &table), open_table(&cache, &two, &table));
-    assert!(Arc::ptr_eq(&a, &b));
+    assert!(Arc::ptr_eq(&a.store, &b.store));
     a.read(0, 100_000).await.unwrap();
     assert_eq!(b.read(0, 100_000).await.unwrap(), plain);
     assert!(two.requests.lock().unwrap().is_empty());
@@ -580,9 +580,9 @@ async fn what_the_disk_has_not_taken_is_never_served_from_it() {
     blob.read(100_000, 100_000).await.unwrap();
     let _ = cache.space.flying.subscribe().wait_for(|n| *n == 0).await;
     // Its pages are gone, and in their place are zeros.
-    blob.store().break_disk();
+    blob.store.break_disk();
     cache.flush().await;
-    assert!(!blob.store().has(1), "it never reached the disk");
+    assert!(!blob.store.has(1), "it never reached the disk");
     assert!(!blob.try_read(150_000, &mut [0; 10]));
     assert_eq!(blob.read(100_000, 200_000).await.unwrap(), fake.plain[100_000..]);
 }
@@ -624,11 +624,11 @@ async fn of_open_blobs_the_spans_that_were_not_read_go() {
     blob.read(0, 1_000_000).await.unwrap();
     cache.flush().await;
     // All have been read; a pass that is content with nothing forgets that.
-    assert!(blob.store().evictable(true).is_empty());
+    assert!(blob.store.evictable(true).is_empty());
     assert!(blob.try_read(300_000, &mut [0; 10]) && blob.try_read(700_000, &mut [0; 10]));
     cache.space.evict(300_000);
     assert!(cache.used() <= 300_000, "{}", cache.used());
-    let here: Vec<u32> = (0..10).filter(|ix| blob.store().has(*ix)).collect();
+    let here: Vec<u32> = (0..10).filter(|ix| blob.store.has(*ix)).collect();
     assert_eq!(here, [3, 7]);
     let mut buf = vec![0; 100_000];
     assert!(blob.try_read(700_000, &mut buf) && buf == fake.plain[700_000..800_000]);
@@ -665,12 +665,12 @@ async fn evicted_marks_are_gone_from_the_disk_before_the_bytes() {
     let crashed = open(copy.path());
     let again = fake.open(&crashed, "a");
     for ix in 0..10_u32 {
-        let range = again.store().span(ix);
+        let range = again.store.span(ix);
         let mut buf = vec![0; 50_000];
         if again.try_read(range.start, &mut buf) {
             assert!(buf == fake.plain[range.start as usize..range.end as usize]);
         }
-        assert_eq!(again.store().has(ix), blob.store().has(ix));
+        assert_eq!(again.store.has(ix), blob.store.has(ix));
     }
 }
 
@@ -787,4 +787,79 @@ async fn a_kept_table_that_was_damaged_is_made_anew() {
         open_table(&cache, &source, &table).try_read(0, &mut [0; 1000]),
         "and the bytes are still the adopted ones"
     );
+}
+
+/// Two mounts of one layer: the file is shared, the way to the bytes is not.
+#[tokio::test]
+async fn each_reader_of_a_blob_fetches_with_its_own_filler() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path());
+    let plain = content(3, 50_000);
+    let (dead, alive) = (Fake::gated(plain.clone(), 10_000), Fake::new(plain.clone(), 10_000));
+    dead.fails.store(true, Ordering::Relaxed);
+    let (first, second) = (dead.open(&cache, "layer"), alive.open(&cache, "layer"));
+    // It joins the fill that fails, and goes on with its own.
+    let joined = async {
+        while dead.calls().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let read = second.read(0, 10_000);
+        tokio::pin!(read);
+        assert!(futures::poll!(&mut read).is_pending());
+        dead.gate.add_permits(1);
+        read.await
+    };
+    let (failed, read) = tokio::join!(first.read(0, 10_000), joined);
+    assert!(failed.is_err());
+    assert_eq!(read.unwrap(), plain[..10_000]);
+    assert_eq!((dead.calls().len(), alive.calls().len()), (1, 1));
+    // What one has fetched the other finds.
+    assert_eq!(first.read(0, 10_000).await.unwrap(), plain[..10_000]);
+    assert_eq!((dead.calls().len(), alive.calls().len()), (1, 1));
+}
+
+/// A filler somewhere else.
+#[derive(Debug)]
+struct At(&'static str, Arc<Fake>);
+
+#[async_trait]
+impl SpanFiller for At {
+    async fn fill(&self, spans: Range<u32>) -> Result<Vec<Filled>, CacheError> {
+        self.1.fill(spans).await
+    }
+    fn cost(&self, span: SpanIx) -> u64 {
+        self.1.cost(span)
+    }
+    fn describe(&self) -> String {
+        self.1.describe()
+    }
+    fn place(&self) -> String {
+        self.0.into()
+    }
+}
+
+#[tokio::test]
+async fn a_place_that_does_not_answer_keeps_no_other_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path());
+    let plain = content(4, 100);
+    let (silent, good) = (Fake::gated(plain.clone(), 100), Fake::new(plain.clone(), 100));
+    let open = |place, fake: &Arc<Fake>, name: &str| {
+        let filler = Arc::new(At(place, fake.clone()));
+        cache.blob(CacheKey(Digest::of(name.as_bytes())), fake.bounds.clone(), filler).unwrap()
+    };
+    // More than there are slots in all.
+    let stuck: Vec<_> = (0..100).map(|n| open("silent.example", &silent, &format!("blob {n}"))).collect();
+    let mut waiting: FuturesUnordered<_> = stuck.iter().map(|blob| blob.read(0, 100)).collect();
+    assert!(futures::poll!(waiting.next()).is_pending());
+    while silent.calls().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let other = open("good.example", &good, "other");
+    let read = tokio::time::timeout(Duration::from_secs(20), other.read(0, 100)).await;
+    assert_eq!(read.expect("it waits for no place but its own").unwrap(), plain);
+    silent.gate.add_permits(200);
+    while let Some(read) = waiting.next().await {
+        assert_eq!(read.unwrap(), plain);
+    }
 }

@@ -276,6 +276,10 @@ impl SpanFiller for WholeFileFiller {
     fn describe(&self) -> String {
         self.source.describe()
     }
+
+    fn place(&self) -> String {
+        self.source.place()
+    }
 }
 
 /// The archive file as a blob.

@@ -92,6 +92,13 @@ impl BlobSource for LazySource {
             Location::Layout { dir, digest } => format!("oci:{}@{digest}", dir.display()),
         }
     }
+    fn place(&self) -> String {
+        match &self.location {
+            Location::S3 { bucket, .. } => format!("s3://{bucket}"),
+            Location::Registry { registry, .. } | Location::Artifact { registry, .. } => registry.clone(),
+            Location::File(_) | Location::Layout { .. } => "this machine".into(),
+        }
+    }
 }
 
 /// The seek table of an archive, fetched once, at the first read that needs it.

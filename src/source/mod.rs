@@ -51,6 +51,11 @@ pub trait BlobSource: Send + Sync + Debug {
 
     /// What it is, for messages: a URL without secrets, or a path.
     fn describe(&self) -> String;
+
+    /// Where it lies: sources of one place are slow, or out of reach, together. A registry's host, a bucket; by default the source alone.
+    fn place(&self) -> String {
+        self.describe()
+    }
 }
 
 /// What is known of a blob.

@@ -67,8 +67,8 @@ async fn settle() {
 async fn however_many_read_cold_fills_in_flight_stay_within_their_budget() {
     const READERS: u64 = 12;
     let dir = tempfile::tempdir().unwrap();
-    // A fill holds the 64 KiB that it fetches and the 64 KiB that come of it: four at a time.
-    let cache = small(dir.path(), 512 << 10);
+    // A fill holds the 64 KiB that it fetches and the 64 KiB that come of it: four at a time, as one place has half of the budget.
+    let cache = small(dir.path(), 1 << 20);
     let wide = Wide::new(64 << 10);
     let blob = wide.open(&cache, "a", 2 * READERS);
     // Spans that do not touch: a fill each.
@@ -92,7 +92,7 @@ async fn however_many_read_cold_fills_in_flight_stay_within_their_budget() {
 #[tokio::test]
 async fn a_fill_that_is_larger_than_the_budget_goes_alone_and_is_not_overtaken_for_ever() {
     let dir = tempfile::tempdir().unwrap();
-    let cache = small(dir.path(), 512 << 10);
+    let cache = small(dir.path(), 1 << 20);
     let (narrow, wide) = (Wide::new(64 << 10), Wide::new(1 << 20));
     let (many, one) = (narrow.open(&cache, "narrow", 40), wide.open(&cache, "wide", 1));
     let read = |blob: &Arc<CachedBlob>, at: u64| {
@@ -183,7 +183,7 @@ async fn the_page_cache_does_not_keep_what_cold_and_warm_reads_went_through() {
     let cache = open(dir.path());
     let fake = Fake::new(content(77, LEN), 256 << 10);
     let blob = fake.open(&cache, "a");
-    let data = super::super::store::paths(&cache.space.blobs(), &blob.store().key).0;
+    let data = super::super::store::paths(&cache.space.blobs(), &blob.store.key).0;
     let file = std::fs::File::open(data).unwrap();
     let tick = || {
         let space = cache.space.clone();

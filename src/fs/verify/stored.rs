@@ -111,4 +111,7 @@ impl BlobSource for Stored {
     fn describe(&self) -> String {
         self.source.describe()
     }
+    fn place(&self) -> String {
+        self.source.place()
+    }
 }

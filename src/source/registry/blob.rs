@@ -299,4 +299,7 @@ impl BlobSource for RegistryBlob {
     fn describe(&self) -> String {
         self.0.name.clone()
     }
+    fn place(&self) -> String {
+        self.0.access.authority.clone()
+    }
 }

@@ -220,4 +220,7 @@ impl BlobSource for S3Object {
     fn describe(&self) -> String {
         self.0.name.clone()
     }
+    fn place(&self) -> String {
+        format!("s3://{}", self.0.bucket)
+    }
 }
