@@ -24,6 +24,9 @@ const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
 /// Of `:authority` in HPACK's static table.
 const AUTHORITY: usize = 1;
+/// The name spelled out, as other clients send it, and the same in Huffman's code (RFC 7541, appendix B).
+const NAME: &[u8] = b":authority";
+const CODED_NAME: &[u8] = &[0xb8, 0x3b, 0x53, 0x39, 0xec, 0x32, 0x7d, 0x7f];
 
 /// A connection whose requests all have an authority that is a host name.
 #[derive(Debug)]
@@ -158,16 +161,17 @@ fn overwrite(block: &mut [u8]) {
         if !literal {
             continue;
         }
+        let mut is_authority = index == AUTHORITY;
         if index == 0 {
+            let coded = block.get(at).is_some_and(|byte| byte & 0x80 != 0);
             let Some((length, start)) = integer(block, at, 7) else { return };
             at = start.saturating_add(length);
+            is_authority = block.get(start..at) == Some(if coded { CODED_NAME } else { NAME });
         }
         let value = at;
         let Some((length, start)) = integer(block, at, 7) else { return };
         at = start.saturating_add(length);
-        if index == AUTHORITY
-            && let Some(bytes) = block.get_mut(start..at)
-        {
+        if is_authority && let Some(bytes) = block.get_mut(start..at) {
             bytes.fill(b'x');
             // No longer in Huffman's code.
             if let Some(byte) = block.get_mut(value) {
@@ -223,10 +227,14 @@ mod tests {
 
     /// Two calls on one connection, as grpc-go makes them: the second refers to the first one's fields by index.
     fn calls(authority: &[u8]) -> Vec<u8> {
+        calls_named(&[0x41], authority)
+    }
+
+    fn calls_named(name: &[u8], authority: &[u8]) -> Vec<u8> {
         let block = [
             vec![0x83, 0x86], // POST, http
             field(4, "", "/a.Service/Method"),
-            [&[0x41], authority].concat(),
+            [name, authority].concat(),
             field(31, "", "application/grpc"),
             field(0, "te", "trailers"),
         ];
@@ -301,10 +309,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_kubelets_authority_is_served_in_every_call_of_a_connection() {
-        for authority in [PLAIN, &HUFFMAN] {
-            let kinds = answers_to(&calls(authority)).await;
-            assert!(!kinds.contains(&RST_STREAM), "{kinds:?}");
+    async fn a_path_as_authority_is_served_in_every_call_of_a_connection_however_it_is_named() {
+        let spelled_out = [&[0x40, NAME.len() as u8], NAME].concat();
+        let coded = [&[0x40, 0x80 | CODED_NAME.len() as u8], CODED_NAME].concat();
+        for name in [&[0x41][..], &spelled_out, &coded] {
+            for authority in [PLAIN, &HUFFMAN] {
+                let kinds = answers_to(&calls_named(name, authority)).await;
+                assert!(!kinds.contains(&RST_STREAM), "{kinds:?}");
+            }
         }
     }
 }
