@@ -3,6 +3,7 @@
 
 use super::memory::bounded;
 use crate::archive::{Archive, Data, HEADER_LEN, Header, NodeId, SeekTable, decode, encode};
+use crate::units::Digest;
 
 pub fn run(input: &[u8]) {
     // As a file: the header says where the rest lies.
@@ -28,10 +29,26 @@ pub fn run(input: &[u8]) {
 
 fn check(header: &[u8], index: &[u8], info: &[u8]) {
     let bytes = header.len() + index.len() + info.len();
+    let index = &sealed(header, index, info)[..];
     if let Ok(archive) = bounded(bytes, || decode(header, index, info)) {
         walk(&archive);
         write_and_read(archive);
     }
+}
+
+/// The index with the digest of what it is now, where it has one: else no mutation would get past it.
+fn sealed(header: &[u8], index: &[u8], info: &[u8]) -> Vec<u8> {
+    const MARK: &[u8] = b"clip-csi-metadata:";
+    let mut index = index.to_vec();
+    let head = &index[..index.len().min(16 << 10)];
+    if let Some(at) = head.windows(MARK.len()).position(|text| text == MARK)
+        && let Some(digits) = index.get_mut(at + MARK.len()..at + MARK.len() + 64)
+    {
+        digits.fill(b'0');
+        let digest = Digest::of(&[header, &index, info].concat());
+        index[at + MARK.len()..][..64].copy_from_slice(digest.hex().as_bytes());
+    }
+    index
 }
 
 /// Walks all of a tree, as a mount would.
