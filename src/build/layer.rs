@@ -45,8 +45,13 @@ pub(super) struct Scan {
 
 impl Scan {
     fn weight(&self) -> u64 {
-        self.entries.iter().map(TarEntry::weight).sum()
+        self.entries.iter().map(weight).sum()
     }
+}
+
+/// Bytes of memory that an entry takes.
+fn weight(entry: &TarEntry) -> u64 {
+    size_of::<TarEntry>() as u64 + entry.held()
 }
 
 /// What a media type says of a layer's compression, and whether it is one that may not be distributed.
@@ -300,14 +305,14 @@ impl Sink {
         if self.failure.is_some() {
             return;
         }
-        let (entries, mut weight) = (&mut self.entries, 0);
+        let (entries, mut taken) = (&mut self.entries, 0);
         let mut keep = |entry: TarEntry| {
-            weight += entry.weight();
+            taken += weight(&entry);
             entries.push(entry);
         };
         if let Err(error) = self.walker.push(bytes, &mut keep) {
             self.failure = Some(Failure::Layer(error.to_string()));
-        } else if let Err(too_much) = self.share.hold(weight) {
+        } else if let Err(too_much) = self.share.hold(taken) {
             self.failure = Some(Failure::Metadata(too_much));
         } else if let Some(spool) = &mut self.spool
             && let Err(error) = spool.write_all(bytes)

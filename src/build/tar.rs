@@ -79,15 +79,10 @@ pub struct TarEntry {
 
 impl TarEntry {
     /// Bytes of its names, attributes and sparse map.
-    fn held(&self) -> u64 {
+    pub(super) fn held(&self) -> u64 {
         let xattrs: usize = self.xattrs.iter().map(|(n, v)| n.len() + v.len() + 48).sum();
         let extents = self.extents.as_ref().map_or(0, |e| e.len() * size_of::<Extent>());
         (self.path.len() + self.link.len() + xattrs + extents) as u64
-    }
-
-    /// Bytes of memory that it takes.
-    pub(super) fn weight(&self) -> u64 {
-        size_of::<Self>() as u64 + self.held()
     }
 }
 
