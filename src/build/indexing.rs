@@ -64,7 +64,7 @@ impl TooMuch {
             Self::Alone(limit) => bad_image(
                 image,
                 format!(
-                    "its names and attributes take over {} MiB; index it with `clip-csi index`, which has no such limit, and \
+                    "its names and attributes take over {} MiB; index it with `clip-csi index`, which may take more, and \
                      push the archive",
                     limit >> 20
                 ),

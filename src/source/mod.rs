@@ -146,8 +146,8 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// Stands for what they open, so that it can be remembered that a place has accepted exactly these: SHA-256 over who brought them and the
-    /// secrets themselves, which a password of few characters does not hide from whoever can read it.
+    /// Tells whether these are the ones that a place has accepted: SHA-256 over who brought them and the secrets themselves. A short password
+    /// can be guessed from it, so it is kept where nobody else reads.
     pub(crate) fn fingerprint(&self) -> Digest {
         let s3 = self.s3.as_ref().map(|keys| (&keys.access_key, &keys.secret_key, &keys.session_token));
         Digest::of(
